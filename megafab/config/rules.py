@@ -1,0 +1,667 @@
+"""Rules between sections of the configuration: each has an id, a predicate, and a message with the remedy.
+
+They hold what Megatron's own `validate_args` would have refused for the options megafab exposes, and what
+would otherwise fail on a cluster minutes after the queue, or train something else than was asked for. All
+rules are tried and all violations are reported together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from megafab.config.schema import RunConfig
+from megafab.config.tree import did_you_mean
+from megafab.errors import ConfigError, ConfigErrors
+from megafab.model.config import Position
+from megafab.model.shape import ModelShape
+from megafab.optim.config import ScheduleKind
+from megafab.optim.schedules import BatchRamp
+from megafab.topology.config import ContextMethod
+
+MANIFEST = "manifest.json"
+# A vocabulary may be this much larger than the tokenizer's: padding, not another tokenizer's size.
+VOCAB_SLACK = 1024
+
+
+class RuleErrors(ConfigErrors):
+    """The rules a configuration breaks, one line each, beginning with the rule's id in brackets."""
+
+
+class Violation(NamedTuple):
+    """One broken rule: the four parts of a `ConfigError`."""
+
+    where: str
+    found: str
+    expected: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFacts:
+    """What the rules need to know of a corpus, from its manifest, or why there is nothing to know.
+
+    `tokens` are those of the training split by domain, in the manifest's order.
+    """
+
+    path: str
+    vocab_size: int = 0
+    tokens: dict[str, int] = field(default_factory=dict[str, int])
+    problem: Violation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a rule looks at: the configuration, the job's size and, when data are at hand, the corpus."""
+
+    config: RunConfig
+    ranks: int
+    corpus: CorpusFacts | None = None
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the model."""
+        parallel = self.config.parallel
+        return parallel.tensor * parallel.pipeline * parallel.context
+
+    @property
+    def data_ranks(self) -> int:
+        """Replicas of the model; 1 when the ranks do not divide, which `ranks` reports."""
+        return max(1, self.ranks // self.model_ranks)
+
+    @property
+    def data(self) -> CorpusFacts | None:
+        """The corpus, when there is one to speak of."""
+        return None if self.corpus is None or self.corpus.problem else self.corpus
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of the model."""
+        return self.config.model.kv_heads or self.config.model.heads
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The model's sizes; None without a vocabulary."""
+        vocab = self.data.vocab_size if self.data else None
+        if self.config.model.vocab is None and vocab is None:
+            return None
+        return ModelShape.of(self.config.model, vocab)
+
+
+Find = Callable[[Facts], Iterator[Violation]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of the table. Rules with `relates` compare sizes, and wait until every size is a valid one."""
+
+    id: str
+    find: Find
+    relates: bool
+
+
+RULES: list[Rule] = []
+
+
+def rule(id: str, *, relates: bool = True) -> Callable[[Find], Find]:
+    """Enter the decorated function into the table under `id`."""
+
+    def enter(find: Find) -> Find:
+        RULES.append(Rule(id, find, relates))
+        return find
+
+    return enter
+
+
+def check_all(config: RunConfig, *, ranks: int, corpus: CorpusFacts | None) -> None:
+    """Try every rule.
+
+    Args:
+        config: what the user asked for.
+        ranks: the number of ranks of the job, whoever starts them.
+        corpus: from `corpus_facts`; None leaves out what needs the corpus.
+
+    Raises:
+        RuleErrors: with one line for every violation.
+    """
+    facts = Facts(config, ranks, corpus)
+    problems: list[ConfigError] = []
+    sizes_valid = not any(_sizes(facts))
+    for one in RULES:
+        if sizes_valid or not one.relates:
+            problems += [ConfigError(f"[{one.id}] {where}", *rest) for where, *rest in one.find(facts)]
+    if problems:
+        raise RuleErrors(problems)
+
+
+def corpus_facts(config: RunConfig) -> CorpusFacts:
+    """Read what the rules need from the manifest of `data.path`; the shards themselves are not looked at.
+
+    What is wrong with it does not raise here: the rule `corpus` reports it together with the others.
+    """
+    path = config.data.path
+    file, where = Path(path) / MANIFEST, f"data.path={path}"
+    expected = f"a directory with {MANIFEST}"
+    fix = f"make one: megafab data out={path} sources={{...}}; or give data.path another directory"
+    if not Path(path).is_dir():
+        return CorpusFacts(path, problem=Violation(where, "no such directory", expected, fix))
+    try:
+        manifest = cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+        tokens = {domain["name"]: domain["splits"]["train"]["tokens"] for domain in manifest["domains"]}
+        return CorpusFacts(path, manifest["tokenizer"]["vocab_size"], tokens)
+    except FileNotFoundError:
+        return CorpusFacts(path, problem=Violation(where, f"no {MANIFEST} in it", expected, fix))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"a {MANIFEST} that cannot be read ({type(error).__name__}: {error})"
+        return CorpusFacts(path, problem=Violation(where, found, "the manifest that megafab data wrote", fix))
+
+
+# -- values by themselves ------------------------------------------------------------------------------------
+
+_AT_LEAST_ONE = (
+    *("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"),
+    *("model.seq_len", "model.vocab", "model.vocab_multiple"),
+    *("model.moe.top_k", "model.moe.ffn", "model.moe.every"),
+    *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
+    *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
+    *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
+    *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
+)
+_AT_LEAST_ZERO = (
+    *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
+    *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
+    "checkpoint.every",
+)
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a dotted key; None below a section that is null."""
+    for name in key.split("."):
+        config = None if config is None else getattr(config, name)
+    return config
+
+
+@rule("size", relates=False)
+def _sizes(facts: Facts) -> Iterator[Violation]:
+    for minimum, keys in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for key in keys:
+            value = value_at(facts.config, key)
+            if value is not None and value < minimum:
+                yield Violation(
+                    f"{key}={value}", f"{value}", f"at least {minimum}", f"{key}={minimum} or more"
+                )
+
+
+class _Range(NamedTuple):
+    key: str
+    low: float
+    high: float
+    text: str
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+
+def _positive(key: str) -> _Range:
+    return _Range(key, 0, math.inf, "more than 0", open_low=True)
+
+
+def _not_negative(key: str) -> _Range:
+    return _Range(key, 0, math.inf, "0 or more")
+
+
+def _below_one(key: str) -> _Range:
+    return _Range(key, 0, 1, "at least 0 and below 1", open_high=True)
+
+
+_RANGES = (
+    _positive("model.norm_eps"),
+    _positive("model.rope_base"),
+    _positive("model.init_std"),
+    _below_one("model.dropout"),
+    _not_negative("model.moe.aux_loss"),
+    _not_negative("model.moe.z_loss"),
+    _positive("model.moe.capacity_factor"),
+    _positive("optim.lr"),
+    _not_negative("optim.weight_decay"),
+    _below_one("optim.beta1"),
+    _below_one("optim.beta2"),
+    _positive("optim.eps"),
+    _not_negative("optim.clip"),
+    _not_negative("schedule.warmup"),
+    _not_negative("schedule.decay"),
+    _Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
+    _not_negative("techniques.z_loss.weight"),
+    _below_one("techniques.ema.decay"),
+)
+
+
+@rule("range", relates=False)
+def _ranges(facts: Facts) -> Iterator[Violation]:
+    for allowed in _RANGES:
+        value = value_at(facts.config, allowed.key)
+        if value is not None and not allowed.holds(value):
+            where, fix = f"{allowed.key}={value:g}", f"give {allowed.key} a value {allowed.text}"
+            yield Violation(where, f"{value:g}", allowed.text, fix)
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+def _divides(key: str, value: int, by: str, divisor: int, fix: str) -> Iterator[Violation]:
+    """The commonest rule: `value` must be a multiple of `divisor`."""
+    if value % divisor:
+        yield Violation(
+            f"{key}={value}", f"{value} % {divisor} = {value % divisor}", f"a multiple of {by}", fix
+        )
+
+
+@rule("head-size")
+def _head_size(facts: Facts) -> Iterator[Violation]:
+    model = facts.config.model
+    if model.head_dim is None:
+        fix = "change model.heads, or set model.head_dim"
+        yield from _divides("model.hidden", model.hidden, f"model.heads={model.heads}", model.heads, fix)
+
+
+@rule("rope-head-size")
+def _rope_head_size(facts: Facts) -> Iterator[Violation]:
+    model = facts.config.model
+    size = model.head_dim or model.hidden // model.heads
+    if model.position is Position.rope and size % 2:
+        where = f"model.head_dim={model.head_dim}" if model.head_dim else f"model.hidden={model.hidden}"
+        fix = "choose an even head size, or model.position=learned"
+        yield Violation(where, f"heads of size {size}", "an even size: rope rotates pairs", fix)
+
+
+@rule("grouped-query")
+def _grouped_query(facts: Facts) -> Iterator[Violation]:
+    kv, heads = facts.kv_heads, facts.config.model.heads
+    yield from _divides("model.heads", heads, f"model.kv_heads={kv}", kv, "change model.kv_heads")
+
+
+@rule("moe-top-k")
+def _moe_top_k(facts: Facts) -> Iterator[Violation]:
+    moe = facts.config.model.moe
+    if moe.experts and moe.top_k > moe.experts:
+        expected, fix = f"at most model.moe.experts={moe.experts}", f"model.moe.top_k={moe.experts} or less"
+        yield Violation(f"model.moe.top_k={moe.top_k}", f"{moe.top_k}", expected, fix)
+
+
+@rule("moe-off")
+def _moe_off(facts: Facts) -> Iterator[Violation]:
+    moe = facts.config.model.moe
+    if not moe.experts:
+        for name, value in (("ffn", moe.ffn), ("shared_ffn", moe.shared_ffn)):
+            if value:
+                fix = f"set model.moe.experts, or leave model.moe.{name} out"
+                yield Violation(f"model.moe.{name}={value}", "a model without experts", "experts", fix)
+
+
+@rule("moe-bias")
+def _moe_bias(facts: Facts) -> Iterator[Violation]:
+    model = facts.config.model
+    if model.moe.experts and model.bias:
+        expected = "model.bias=false: Megatron does not train experts with biases"
+        yield Violation("model.bias=true", "a model with experts", expected, "model.bias=false")
+
+
+# -- the mesh ------------------------------------------------------------------------------------------------
+
+
+@rule("ranks")
+def _ranks(facts: Facts) -> Iterator[Violation]:
+    p = facts.config.parallel
+    if facts.ranks % facts.model_ranks:
+        product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {facts.model_ranks}"
+        more = -(-facts.ranks // facts.model_ranks) * facts.model_ranks
+        fix = f"run {more} ranks, or lower one of parallel.tensor, parallel.pipeline, parallel.context"
+        yield Violation(
+            f"launch.ranks={facts.ranks}", f"{facts.ranks} ranks", f"a multiple of {product}", fix
+        )
+
+
+@rule("launcher")
+def _launcher(facts: Facts) -> Iterator[Violation]:
+    asked = facts.config.launch.ranks
+    if asked not in (1, facts.ranks):
+        found = f"{facts.ranks} ranks started by torchrun or srun"
+        fix = f"leave launch.ranks out, or have {asked} ranks started"
+        yield Violation(f"launch.ranks={asked}", found, "the same number", fix)
+
+
+@rule("heads-by-tensor")
+def _heads_by_tensor(facts: Facts) -> Iterator[Violation]:
+    heads, tensor = facts.config.model.heads, facts.config.parallel.tensor
+    fix = "change parallel.tensor"
+    yield from _divides("model.heads", heads, f"parallel.tensor={tensor}", tensor, fix)
+
+
+@rule("kv-heads-by-tensor")
+def _kv_heads_by_tensor(facts: Facts) -> Iterator[Violation]:
+    kv, tensor = facts.kv_heads, facts.config.parallel.tensor
+    if kv % tensor and tensor % kv:
+        expected = f"a multiple or a divisor of parallel.tensor={tensor}"
+        fix = "change model.kv_heads or parallel.tensor"
+        yield Violation(f"model.kv_heads={kv}", f"{kv}", expected, fix)
+
+
+@rule("ffn-by-tensor")
+def _ffn_by_tensor(facts: Facts) -> Iterator[Violation]:
+    tensor, moe = facts.config.parallel.tensor, facts.config.model.moe
+    # Experts are split over ranks whole (expert tensor size 1), so that model.moe.ffn is free.
+    every_layer_moe = moe.experts > 0 and moe.every == 1
+    ffn = ModelShape.of(facts.config.model, tokenizer_vocab=1).ffn
+    fix = "change it or parallel.tensor"
+    if not every_layer_moe:
+        yield from _divides("model.ffn", ffn, f"parallel.tensor={tensor}", tensor, fix)
+    yield from _divides("model.moe.shared_ffn", moe.shared_ffn, f"parallel.tensor={tensor}", tensor, fix)
+
+
+@rule("vocab-by-tensor")
+def _vocab_by_tensor(facts: Facts) -> Iterator[Violation]:
+    tensor, shape = facts.config.parallel.tensor, facts.shape
+    if shape is not None and shape.vocab % tensor:
+        multiple = facts.config.model.vocab_multiple
+        found = f"a vocabulary padded to {shape.vocab}"
+        expected = f"a multiple of parallel.tensor={tensor}"
+        fix = f"model.vocab_multiple={math.lcm(multiple, tensor)}"
+        yield Violation(f"model.vocab_multiple={multiple}", found, expected, fix)
+
+
+@rule("layers-by-pipeline")
+def _layers_by_pipeline(facts: Facts) -> Iterator[Violation]:
+    layers, p = facts.config.model.layers, facts.config.parallel
+    by = f"parallel.pipeline={p.pipeline}"
+    if p.virtual_pipeline > 1:
+        by += f" x parallel.virtual_pipeline={p.virtual_pipeline}"
+    yield from _divides("model.layers", layers, by, p.pipeline * p.virtual_pipeline, "change one of them")
+
+
+@rule("interleaving")
+def _interleaving(facts: Facts) -> Iterator[Violation]:
+    p = facts.config.parallel
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        fix = "parallel.virtual_pipeline=1, or more pipeline stages"
+        where = f"parallel.virtual_pipeline={p.virtual_pipeline}"
+        yield Violation(where, "parallel.pipeline=1", "at least 2 pipeline stages", fix)
+
+
+@rule("interleaved-micro-batches")
+def _interleaved_micro_batches(facts: Facts) -> Iterator[Violation]:
+    p, train = facts.config.parallel, facts.config.train
+    if p.virtual_pipeline == 1:
+        return
+    replica = train.micro_batch * facts.data_ranks
+    for key, size in _batches(facts):
+        if size % replica == 0 and (size // replica) % p.pipeline:
+            found = f"{size // replica} micro-batches"
+            expected = f"a multiple of parallel.pipeline={p.pipeline}: the interleaved schedule needs it"
+            fix = f"{key}={_next_multiple(size, replica * p.pipeline)}, or parallel.virtual_pipeline=1"
+            yield Violation(f"{key}={size}", found, expected, fix)
+
+
+@rule("sequence-parallel")
+def _sequence_parallel(facts: Facts) -> Iterator[Violation]:
+    if facts.config.parallel.sequence and facts.config.parallel.tensor == 1:
+        fix = "parallel.sequence=false, or parallel.tensor=2 or more"
+        expected = "parallel.tensor of 2 or more, over which to split sequences"
+        yield Violation("parallel.sequence=true", "parallel.tensor=1", expected, fix)
+
+
+@rule("sequence-length")
+def _sequence_length(facts: Facts) -> Iterator[Violation]:
+    p, length = facts.config.parallel, facts.config.model.seq_len
+    # All-gather gives each context rank an early and a late chunk, to even out the causal work.
+    chunks = 2 if p.context > 1 and p.context_method is ContextMethod.allgather else 1
+    unit, axes = p.context * chunks, [f"parallel.context={p.context} ({p.context_method.name})"]
+    if p.sequence:
+        unit = math.lcm(unit, p.context * p.tensor)
+        axes.append(f"parallel.tensor={p.tensor} (parallel.sequence)")
+    if length % unit:
+        expected = f"a multiple of {unit}, to be split over {' and '.join(axes[p.context == 1 :])}"
+        fix = f"model.seq_len={_next_multiple(length, unit)}"
+        yield Violation(f"model.seq_len={length}", f"{length}", expected, fix)
+
+
+@rule("ulysses-heads")
+def _ulysses_heads(facts: Facts) -> Iterator[Violation]:
+    p = facts.config.parallel
+    if p.context == 1 or p.context_method is not ContextMethod.ulysses:
+        return
+    for key, heads in (("model.heads", facts.config.model.heads), ("model.kv_heads", facts.kv_heads)):
+        each = max(1, heads // p.tensor)
+        if each % p.context:
+            found = f"{each} a tensor rank"
+            expected = f"a multiple of parallel.context={p.context}: ulysses splits heads"
+            fix = "parallel.context_method=allgather, or a smaller parallel.context"
+            yield Violation(f"{key}={heads}", found, expected, fix)
+
+
+@rule("expert-without-moe")
+def _expert_without_moe(facts: Facts) -> Iterator[Violation]:
+    expert = facts.config.parallel.expert
+    if expert > 1 and not facts.config.model.moe.experts:
+        fix = "parallel.expert=1, or a model with model.moe.experts"
+        yield Violation(f"parallel.expert={expert}", "a model without experts", "experts to spread", fix)
+
+
+@rule("experts-by-expert")
+def _experts_by_expert(facts: Facts) -> Iterator[Violation]:
+    experts, expert = facts.config.model.moe.experts, facts.config.parallel.expert
+    fix = "change parallel.expert"
+    yield from _divides("model.moe.experts", experts, f"parallel.expert={expert}", expert, fix)
+
+
+@rule("expert-ranks")
+def _expert_ranks(facts: Facts) -> Iterator[Violation]:
+    p = facts.config.parallel
+    stage = facts.ranks // p.pipeline
+    if facts.ranks % facts.model_ranks == 0 and stage % p.expert:
+        expected = f"a divisor of the {stage} ranks of a pipeline stage"
+        yield Violation(f"parallel.expert={p.expert}", f"{p.expert}", expected, "change it or the ranks")
+
+
+@rule("moe-tensor-sequence")
+def _moe_tensor_sequence(facts: Facts) -> Iterator[Violation]:
+    p = facts.config.parallel
+    if facts.config.model.moe.experts and p.tensor > 1 and not p.sequence:
+        found = f"parallel.tensor={p.tensor} with experts"
+        expected = "sequence parallelism: Megatron does not train experts on a tensor axis without it"
+        yield Violation("parallel.sequence=false", found, expected, "parallel.sequence=true")
+
+
+@rule("overlap-param-gather")
+def _overlap_param_gather(facts: Facts) -> Iterator[Violation]:
+    engine = facts.config.engine
+    if engine.overlap_param_gather and not engine.overlap_grad_reduce:
+        fix = "engine.overlap_grad_reduce=true, or engine.overlap_param_gather=false"
+        expected = "engine.overlap_grad_reduce=true"
+        yield Violation("engine.overlap_param_gather=true", "engine.overlap_grad_reduce=false", expected, fix)
+
+
+# -- the run -------------------------------------------------------------------------------------------------
+
+
+def _batches(facts: Facts) -> Iterator[tuple[str, int]]:
+    """The sizes that every global batch of the run is a sum of."""
+    train = facts.config.train
+    yield "train.global_batch", train.global_batch
+    if train.batch_ramp.start:
+        yield "train.batch_ramp.start", train.batch_ramp.start
+        yield "train.batch_ramp.increment", train.batch_ramp.increment
+
+
+def _next_multiple(value: int, unit: int) -> int:
+    return max(1, -(-value // unit)) * unit
+
+
+@rule("global-batch")
+def _global_batch(facts: Facts) -> Iterator[Violation]:
+    micro, data = facts.config.train.micro_batch, facts.data_ranks
+    if facts.ranks % facts.model_ranks:
+        return
+    for key, size in _batches(facts):
+        if size % (micro * data):
+            expected = f"a multiple of train.micro_batch={micro} x {data} data parallel ranks"
+            fix = f"{key}={_next_multiple(size, micro * data)}, or another train.micro_batch"
+            yield Violation(f"{key}={size}", f"{size} sequences", expected, fix)
+
+
+@rule("batch-ramp")
+def _batch_ramp(facts: Facts) -> Iterator[Violation]:
+    ramp, final = facts.config.train.batch_ramp, facts.config.train.global_batch
+    given = {"start": ramp.start, "increment": ramp.increment, "samples": ramp.samples}
+    missing = [f"train.batch_ramp.{name}" for name, value in given.items() if not value]
+    if 0 < len(missing) < len(given):
+        fix = f"set {' and '.join(missing)}, or none of the three"
+        where = " ".join(f"train.batch_ramp.{name}={value}" for name, value in given.items() if value)
+        yield Violation(where, f"no {', no '.join(missing)}", "start, increment and samples", fix)
+    elif not missing and (ramp.start >= final or (final - ramp.start) % ramp.increment):
+        where = f"train.batch_ramp.start={ramp.start}"
+        found = f"{ramp.start} plus steps of {ramp.increment}"
+        fix = "choose start + n x increment = train.global_batch"
+        yield Violation(where, found, f"to arrive at train.global_batch={final}", fix)
+
+
+@rule("run-place", relates=False)
+def _run_place(facts: Facts) -> Iterator[Violation]:
+    for key in ("run.name", "run.dir"):
+        if not value_at(facts.config, key).strip():
+            yield Violation(f"{key}=", "nothing", "a name, under which the run is kept", f"give {key} a name")
+
+
+@rule("run-length")
+def _run_length(facts: Facts) -> Iterator[Violation]:
+    train = facts.config.train
+    if (train.steps is None) == (train.tokens is None):
+        found = "neither" if train.steps is None else "both"
+        fix = "add train.steps=1000, say" if train.steps is None else "set one of them to null"
+        yield Violation("train.steps, train.tokens", found, "exactly one of them", fix)
+
+
+def _total_steps(facts: Facts) -> int | None:
+    """The run's length in steps; None where another rule has something to say first."""
+    train = facts.config.train
+    if (train.steps is None) == (train.tokens is None):
+        return None
+    if train.steps is not None:
+        return train.steps
+    try:
+        ramp = BatchRamp(train.batch_ramp, train.global_batch)
+    except ConfigError:
+        return None
+    return ramp.steps_until(-(-(train.tokens or 0) // facts.config.model.seq_len))
+
+
+@rule("schedule-length")
+def _schedule_length(facts: Facts) -> Iterator[Violation]:
+    schedule, total = facts.config.schedule, _total_steps(facts)
+    if total is None:
+        return
+    phases = [("warm-up", "schedule.warmup", schedule.warmup)]
+    if schedule.kind is ScheduleKind.wsd:
+        phases.append(("decay", "schedule.decay", schedule.decay))
+    if not all(math.isfinite(length) for _, _, length in phases):
+        return  # `range` says so
+    lengths = [round(length * total) if length < 1 else round(length) for _, _, length in phases]
+    lengths[0] = max(1, lengths[0])  # as the schedule has it
+    if sum(lengths) > total:
+        where = " ".join(f"{key}={length:g}" for _, key, length in phases)
+        found = " and ".join(f"{n} steps of {name}" for n, (name, _, _) in zip(lengths, phases, strict=True))
+        fix = "shorten them, or give them as shares of the run (below 1)"
+        yield Violation(where, found, f"no more than the run's {total} steps", fix)
+
+
+@rule("whole-steps")
+def _whole_steps(facts: Facts) -> Iterator[Violation]:
+    for key in ("schedule.warmup", "schedule.decay"):
+        value = value_at(facts.config, key)
+        if math.isfinite(value) and value >= 1 and value != round(value):
+            expected = "a share of the run (below 1) or whole steps"
+            yield Violation(f"{key}={value:g}", f"{value:g}", expected, f"{key}={round(value)}")
+
+
+@rule("eval-samples")
+def _eval_samples(facts: Facts) -> Iterator[Violation]:
+    section = facts.config.eval
+    if section.every and not section.samples:
+        fix = "eval.samples=64, or eval.every=0"
+        yield Violation(f"eval.every={section.every}", "eval.samples=0", "samples to evaluate on", fix)
+
+
+# -- the data ------------------------------------------------------------------------------------------------
+
+
+@rule("corpus", relates=False)
+def _corpus(facts: Facts) -> Iterator[Violation]:
+    if facts.corpus and facts.corpus.problem:
+        yield facts.corpus.problem
+
+
+@rule("vocab-of-tokenizer")
+def _vocab_of_tokenizer(facts: Facts) -> Iterator[Violation]:
+    vocab, corpus = facts.config.model.vocab, facts.data
+    if vocab is None or corpus is None:
+        return
+    most = _next_multiple(corpus.vocab_size, facts.config.model.vocab_multiple) + VOCAB_SLACK
+    if not corpus.vocab_size <= vocab <= most:
+        expected = f"the {corpus.vocab_size} of the tokenizer in data.path={corpus.path}, or a little more"
+        yield Violation(
+            f"model.vocab={vocab}", f"{vocab}", expected, "model.vocab=null takes the tokenizer's"
+        )
+
+
+@rule("mixture-domains")
+def _mixture_domains(facts: Facts) -> Iterator[Violation]:
+    mixture, corpus = facts.config.data.mixture, facts.data
+    if mixture is None or corpus is None:
+        return
+    for name in mixture:
+        if name not in corpus.tokens:
+            known = ", ".join(corpus.tokens)
+            fix = did_you_mean(name, corpus.tokens, prefix="data.mixture.") or "use the names of the corpus"
+            expected = f"a domain of data.path={corpus.path}: {known}"
+            yield Violation(f"data.mixture.{name}={mixture[name]:g}", f"{name}", expected, fix)
+
+
+@rule("mixture-weights")
+def _mixture_weights(facts: Facts) -> Iterator[Violation]:
+    mixture = facts.config.data.mixture
+    if mixture is None:
+        return
+    for name, weight in mixture.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            where, fix = f"data.mixture.{name}={weight:g}", "give it a weight of 0 or more"
+            yield Violation(where, f"{weight:g}", "0 or more", fix)
+    if not any(weight > 0 for weight in mixture.values()):
+        fix = "give a domain a weight above 0, or data.mixture=null for weights by tokens"
+        yield Violation("data.mixture", "no weight above 0", "at least one", fix)
+    elif all(map(math.isfinite, mixture.values())) and not math.isfinite(sum(mixture.values())):
+        fix = "scale them down"
+        yield Violation("data.mixture", "weights too large to add up", "numbers like shares", fix)
+
+
+@rule("domain-length")
+def _domain_length(facts: Facts) -> Iterator[Violation]:
+    corpus, window = facts.data, facts.config.model.seq_len + 1
+    if corpus is None:
+        return
+    mixture = facts.config.data.mixture
+    if not sum(corpus.tokens.values()):
+        fix = "build it again with megafab data, and see what its filters dropped"
+        yield Violation(f"data.path={corpus.path}", "no training tokens", "some", fix)
+    for name, tokens in corpus.tokens.items():
+        weight = tokens if mixture is None else mixture.get(name, 0)
+        if weight > 0 and tokens < window:
+            expected = f"at least model.seq_len + 1 = {window} in each domain that is read"
+            fix = f"data.mixture without {name}, more text in it, or a smaller model.seq_len"
+            yield Violation(f"data.path={corpus.path}", f"{tokens} tokens in domain {name}", expected, fix)
