@@ -1,0 +1,1 @@
+"""Vocabulary-parallel cross-entropy and the ledger that adds losses up."""

@@ -1,0 +1,1 @@
+"""Which rank holds what: axis arithmetic (mesh) and the process groups made from it (groups)."""
