@@ -1,0 +1,205 @@
+"""The composition root: a checked configuration becomes the parts of a run. It alone imports every package.
+
+The order is fixed by what depends on what: corpus and mesh are plain facts, groups join the job, the plan
+is what techniques may still edit, then the modules, the engine around them, and what the loop uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from megafab.checkpoint.state import Checkpoints
+from megafab.config.schema import Precision, RunConfig
+from megafab.config.tree import to_tree
+from megafab.data import mixture
+from megafab.data.format import Corpus
+from megafab.data.loader import Loader, validation_batches
+from megafab.engine.megatron import MegatronEngine
+from megafab.loss.ledger import LossLedger
+from megafab.model import plan as model_plan
+from megafab.model.shape import ModelShape
+from megafab.optim.schedules import Schedules
+from megafab.platform import platform
+from megafab.resilience.signals import Signals
+from megafab.run import Batch, Cadence, Run, Validation
+from megafab.techniques import catalogue
+from megafab.techniques.base import Clock, RunPlan
+from megafab.techniques.bus import Bus
+from megafab.telemetry.metrics import build_telemetry, peak_flops
+from megafab.topology import groups as topology
+from megafab.topology.groups import Groups
+from megafab.topology.mesh import Mesh
+
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = print) -> Run:
+    """Make the run of this rank. The platform has been started, the rules have passed.
+
+    Args:
+        config: the whole configuration.
+        ranks: the size of the job.
+        message: shows one line to the user before telemetry exists; rank 0 only.
+
+    Raises:
+        UserError: what only the data or the techniques can tell to be wrong.
+    """
+    corpus = Corpus.open(config.data.path)
+    shape = ModelShape.of(config.model, corpus.vocab_size)
+    mesh = Mesh.of(config.parallel, ranks)
+    groups = topology.initialize(mesh, seed=config.train.seed, timeout_minutes=config.launch.timeout_minutes)
+    bus = Bus(
+        catalogue.build(config.techniques, config.train.seed),
+        seed=config.train.seed,
+        data_rank=mesh.data_rank(groups.rank),
+        capabilities=MegatronEngine.capabilities,
+        agree_max=groups.agree_max,
+        message=message if groups.rank == 0 else _silent,
+    )
+    engine = _engine(config, shape, groups, bus, corpus)
+    weights = mixture.weights(config.data.mixture, corpus)
+    schedules = Schedules(
+        config.train,
+        config.optim,
+        config.schedule,
+        seq_len=config.model.seq_len,
+        domain_weights=weights,
+        data_ranks=mesh.data,
+    )
+    loader = Loader(
+        corpus,
+        split="train",
+        seed=config.train.seed,
+        seq_len=config.model.seq_len,
+        packing=config.data.packing,
+        data_rank=mesh.data_rank(groups.rank),
+        data_ranks=mesh.data,
+        prefetch=config.data.prefetch,
+    )
+    plain = to_tree(config)
+    peak = peak_flops(platform.device_name())
+    telemetry = build_telemetry(
+        config.run,
+        config.tracking,
+        config=plain,
+        header=_header(config, shape, mesh, corpus, weights),
+        is_writer=groups.rank == 0,
+        log_every=config.train.log_every,
+        flops_per_token=shape.flops_per_token(),
+        peak_flops=peak * ranks if peak else None,
+        total_steps=schedules.total_steps,
+        synchronize=platform.synchronize,
+    )
+    return Run(
+        engine=engine,
+        loader=loader,
+        schedules=schedules,
+        bus=bus,
+        telemetry=telemetry,
+        checkpoints=Checkpoints(
+            config=config.checkpoint,
+            run_dir=Path(config.run.dir),
+            engine=engine,
+            loader=loader,
+            techniques=bus,
+            data={"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint},
+            resolved=plain,
+            topology=_axes(mesh),
+            message=telemetry.message,
+            group=groups.host,
+        ),
+        validation=_validation(config, corpus, groups),
+        signals=Signals(groups.agree_max),
+        cadence=Cadence(
+            eval_every=config.eval.every,
+            evaluate=config.eval.samples > 0,
+            save_every=config.checkpoint.every,
+            save_last=config.checkpoint.save_last,
+            max_skipped=config.train.max_skipped,
+        ),
+    )
+
+
+def _engine(config: RunConfig, shape: ModelShape, groups: Groups, bus: Bus, corpus: Corpus) -> MegatronEngine:
+    plan = model_plan.plan(
+        shape,
+        groups,
+        precision=_DTYPES[config.train.precision],
+        recompute=config.train.recompute.value,
+        sequence_parallel=config.parallel.sequence,
+        context_method=config.parallel.context_method,
+    )
+    bus.plan(RunPlan(plan), groups.mesh)
+    clock = Clock(data_rank=groups.mesh.data_rank(groups.rank))
+    chunks = model_plan.build(plan, groups, config.train.seed)
+    bus.build(chunks, clock)
+    return MegatronEngine(
+        plan,
+        chunks,
+        groups,
+        engine=config.engine,
+        optim=config.optim,
+        context_method=config.parallel.context_method,
+        clock=clock,
+        ledger=lambda: LossLedger(
+            corpus.domains, bus.terms, device=platform.device, sum_ranks=groups.sum_over_job
+        ),
+    )
+
+
+def _validation(config: RunConfig, corpus: Corpus, groups: Groups) -> Validation:
+    """All domains' sequences as one batch, so that a pipeline fills once and not once a domain."""
+    micro = config.train.micro_batch
+    by_domain = validation_batches(
+        corpus,
+        samples_per_domain=config.eval.samples,
+        seq_len=config.model.seq_len,
+        packing=config.data.packing,
+        data_rank=groups.mesh.data_rank(groups.rank),
+        data_ranks=groups.mesh.data,
+        micro_batch=micro,
+    )
+    batches = [batch for batches in by_domain.values() for batch in batches]
+    if not batches:
+        return Validation((), micro)
+    # The interleaved schedule takes whole rounds of the pipeline; the filling counts for nothing.
+    missing = -len(batches) % groups.mesh.pipeline if groups.mesh.virtual_pipeline > 1 else 0
+    batches += [batches[-1].without_labels()] * missing
+    return Validation((Batch.concatenate(batches),), micro)
+
+
+def _header(
+    config: RunConfig, shape: ModelShape, mesh: Mesh, corpus: Corpus, weights: tuple[float, ...]
+) -> Mapping[str, str]:
+    """What the reader of the terminal and the log wants to know first."""
+    tokens = corpus.tokens("train")
+    domains = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(corpus.domains, weights, strict=True))
+    return {
+        "model": f"{config.model.name}: {shape.parameters:,} parameters, {config.model.layers} layers, "
+        f"hidden {config.model.hidden}, sequence {config.model.seq_len}, vocabulary {shape.vocab:,}",
+        "topology": f"{mesh.ranks} ranks on {platform.device.type}: {mesh.describe()}",
+        "engine": f"{config.engine.name.value}, {config.train.precision.value}",
+        "FLOPs": f"{shape.flops_per_token():.3g} a token, "
+        f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
+        "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
+        "run": config.run.dir,
+    }
+
+
+def _axes(mesh: Mesh) -> dict[str, int]:
+    return {
+        "ranks": mesh.ranks,
+        "tensor": mesh.tensor,
+        "context": mesh.context,
+        "data": mesh.data,
+        "pipeline": mesh.pipeline,
+        "virtual_pipeline": mesh.virtual_pipeline,
+        "expert": mesh.expert,
+    }
+
+
+def _silent(text: str) -> None:
+    """What the other ranks have to say is the same."""

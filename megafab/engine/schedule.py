@@ -1,0 +1,121 @@
+"""The only caller of Megatron-core's forward/backward schedules: no pipelining, 1F1B, interleaved.
+
+The loss of a micro-batch is handed to the schedule as a plain sum over its tokens and divided once, in
+`grad_scale_func`, by the number of valid tokens of the whole step, which is known before the first
+forward pass. Gradients are then sums over ranks, with no later scaling, equal at every topology; core
+scales the experts' auxiliary losses by the same function.
+
+Shapes: B sequences, L sequence on this context rank, V vocabulary on this tensor rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+
+from megafab.engine.base import LossFunction
+from megafab.loss.cross_entropy import vocab_parallel_nll
+from megafab.loss.ledger import LossLedger
+from megafab.loss.terms import LossTerms
+from megafab.model.inputs import ModelInputs
+from megafab.platform import platform
+from megafab.run import Batch
+from megafab.techniques.base import Clock
+from megafab.topology.config import ContextMethod
+from megafab.topology.groups import Groups
+
+
+class Schedule:
+    """Runs micro-batches through the model chunks of this rank.
+
+    Args:
+        chunks: the chunks as the engine wrapped them.
+        transformer: core's configuration, shared by all chunks.
+        groups: this rank's place.
+        context_method: how sequences are split over context ranks.
+        clock: told which micro-batch runs.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        transformer: TransformerConfig,
+        groups: Groups,
+        context_method: ContextMethod,
+        clock: Clock,
+    ) -> None:
+        self._chunks = list(chunks)
+        self._groups = groups
+        self._context_method, self._clock = context_method, clock
+        self._forward_backward = get_forward_backward_func()
+        self._valid_tokens = torch.ones((), device=platform.device)
+        transformer.grad_scale_func = lambda loss: loss / self._valid_tokens
+        transformer.finalize_model_grads_func = _finalize
+
+    def run(
+        self, batch: Batch, micro_batch: int, loss: LossFunction, ledger: LossLedger, *, forward_only: bool
+    ) -> LossLedger:
+        """All micro-batches of `batch`; gradients stay in the chunks' buffers, reduced over the job.
+
+        Returns:
+            `ledger`, with this rank's sums if it is one that counts the loss.
+        """
+        count = batch.tokens_BL.shape[0] // micro_batch
+        if not forward_only:
+            self._valid_tokens = self._count_valid_tokens(batch)
+
+        def forward_step(data: Iterator[tuple[int, ModelInputs]], model: torch.nn.Module):
+            self._clock.micro_batch, inputs = next(data)
+            output = model(
+                inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
+            )
+            return output, lambda logits_LBV: self._sum_loss(logits_LBV, inputs, loss, ledger)
+
+        def micro_batches() -> Iterator[ModelInputs]:
+            for start in range(0, count * micro_batch, micro_batch):
+                rows = batch.rows(start, start + micro_batch)
+                yield ModelInputs.of(rows, self._groups, self._context_method)
+
+        self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[enumerate(micro_batches()) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=count,
+            seq_length=batch.tokens_BL.shape[1],
+            micro_batch_size=micro_batch,
+            forward_only=forward_only,
+        )
+        return ledger
+
+    def _count_valid_tokens(self, batch: Batch) -> torch.Tensor:
+        """Valid tokens of the step over all data ranks: a device scalar, no host sync."""
+        mine = (batch.loss_mask_BL != 0).sum().float().to(platform.device)
+        if self._groups.mesh.data > 1:
+            dist.all_reduce(mine, group=self._groups.data)
+        return mine.clamp_(min=1.0)
+
+    def _sum_loss(
+        self, logits_LBV: torch.Tensor, inputs: ModelInputs, loss: LossFunction, ledger: LossLedger
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """The micro-batch's loss for the schedule: (sum, a token count nobody reads, nothing to collect)."""
+        terms = LossTerms(
+            nll_BL=vocab_parallel_nll(logits_LBV, inputs.labels_BL.t(), self._groups.tensor).t(),
+            logits_LBV=logits_LBV,
+            mask_BL=inputs.loss_mask_BL,
+            domain_B=inputs.domain_B,
+            tensor_group=self._groups.tensor,
+        )
+        loss(terms, inputs.rows)
+        if self._groups.counts_loss:  # the other tensor ranks have the same sums
+            ledger.record(terms)
+        return terms.total(), torch.zeros((), dtype=torch.int, device=platform.device), {}
+
+
+def _finalize(chunks, num_tokens=None, **kwargs) -> None:
+    """Core's reductions without its division by the token count: `grad_scale_func` has divided already."""
+    finalize_model_grads(chunks, None, **kwargs)

@@ -1,0 +1,1 @@
+"""Optimizer settings and the schedules: pure functions of progress."""

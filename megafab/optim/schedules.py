@@ -1,0 +1,221 @@
+"""Learning rate, weight decay and batch size over the run: pure functions of the progress.
+
+A run is measured in its own unit: steps if `train.steps` is set, tokens if `train.tokens` is. With T the
+length of the run, W that of the warm-up, r the ratio `schedule.min_ratio`, and u the position at the *end*
+of a step (so u = 1 unit-step for the first step and u = T for the last), the learning rate is peak * f(u):
+
+    u <= W      f = u / W                                                    linear warm-up
+    u >  W      f = 1                                                        constant
+                f = r + (1 - r) * (1 + cos(pi * p)) / 2,  p = (u-W)/(T-W)    cosine (Loshchilov, Hutter 2017)
+                f = 1 - (1 - r) * p,                      p = (u-W)/(T-W)    linear
+                f = 1 - (1 - r) * max(0, p),              p = (u-T+D)/D      wsd (Hu et al. 2024, MiniCPM)
+
+So step 0 has peak / W (never 0), step W-1 has the peak exactly, and the last step exactly r * peak. D is
+the length of wsd's decay. `warmup` and `decay` are given in steps or, below 1, as a share of the steps; a
+warm-up is at least one step, which is then at the peak. In a run measured in tokens they are the tokens
+of those steps, so that a batch ramp changes nothing about their number.
+
+The global batch ramps up as in Megatron-LM: it starts at `start` and grows by `increment` after every
+`samples / ((global_batch - start) / increment)` samples.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megafab.errors import ConfigError
+from megafab.optim.config import BatchRampConfig, OptimConfig, ScheduleConfig, ScheduleKind
+from megafab.run import Progress, StepPlan
+
+if TYPE_CHECKING:
+    from megafab.config.schema import TrainConfig
+
+
+class BatchRamp:
+    """The global batch as a function of the samples consumed, and the samples consumed after n steps.
+
+    Raises:
+        ConfigError: the ramp does not lead from `start` to `global_batch` in whole increments.
+    """
+
+    def __init__(self, config: BatchRampConfig, global_batch: int) -> None:
+        self._final = global_batch
+        self._start = config.start or global_batch
+        self._increment, self._samples = config.increment, config.samples
+        self._levels = 0
+        if config.start:
+            _check_ramp(config, global_batch)
+            self._levels = (global_batch - config.start) // config.increment
+        self._after = [0]  # samples after n steps, up to the first step at the final batch
+        while self._levels and self.at(self._after[-1]) < global_batch:
+            self._after.append(self._after[-1] + self.at(self._after[-1]))
+
+    def at(self, samples: int) -> int:
+        """The global batch of the step that starts after `samples` samples."""
+        if not self._levels or samples >= self._samples:
+            return self._final
+        return self._start + samples * self._levels // self._samples * self._increment
+
+    def samples_after(self, steps: int) -> int:
+        """Samples consumed by the first `steps` steps."""
+        ramped = len(self._after) - 1
+        if steps <= ramped:
+            return self._after[steps]
+        return self._after[-1] + (steps - ramped) * self._final
+
+    def steps_until(self, samples: int) -> int:
+        """The fewest steps that consume at least `samples` samples."""
+        if samples <= self._after[-1]:
+            return bisect.bisect_left(self._after, samples)
+        return len(self._after) - 1 - (self._after[-1] - samples) // self._final
+
+
+def _check_ramp(config: BatchRampConfig, global_batch: int) -> None:
+    where = f"train.batch_ramp.start={config.start} increment={config.increment} samples={config.samples}"
+    fix = "choose start + n * increment = train.global_batch and the samples over which to get there"
+    if config.increment < 1 or config.samples < 1:
+        raise ConfigError(where, "no increment or no samples", "both at least 1", fix)
+    if config.start > global_batch or (global_batch - config.start) % config.increment:
+        expected = f"whole increments from start up to train.global_batch={global_batch}"
+        raise ConfigError(where, f"{global_batch - config.start} samples to gain", expected, fix)
+
+
+def learning_rate_factor(
+    config: ScheduleConfig, *, at: float, total: float, warmup: float, decay: float
+) -> float:
+    """f(u) of the module's table.
+
+    Args:
+        config: which kind, and its ratio.
+        at: u, the position at the end of the step; beyond `total` it counts as `total`.
+        total: T.
+        warmup: W, more than 0.
+        decay: D, for wsd.
+    """
+    if at <= warmup:
+        return at / warmup
+    low = config.min_ratio
+    done = min(1.0, (at - warmup) / (total - warmup)) if total > warmup else 1.0
+    if config.kind is ScheduleKind.cosine:
+        return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
+    if config.kind is ScheduleKind.linear:
+        return 1 - (1 - low) * done
+    if config.kind is ScheduleKind.wsd:
+        cooled = min(1.0, (at - total + decay) / decay) if decay else 0.0
+        return 1 - (1 - low) * max(0.0, cooled)
+    return 1.0
+
+
+class Schedules:
+    """What each step does, before techniques change it.
+
+    Args:
+        train: length and batch sizes.
+        optim: peak learning rate and weight decay.
+        schedule: the shape of the learning rate.
+        seq_len: tokens of a sequence.
+        domain_weights: the mixture, one weight a domain; scaled here to sum to 1.
+        data_ranks: replicas that share the global batch.
+
+    Attributes:
+        total_steps: the length of the run in steps, exact under a batch ramp.
+
+    Raises:
+        ConfigError: a batch does not divide among replicas and micro-batches, neither or both of `steps`
+            and `tokens` are set, or the phases of the learning rate do not fit the run.
+    """
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        optim: OptimConfig,
+        schedule: ScheduleConfig,
+        *,
+        seq_len: int,
+        domain_weights: Sequence[float],
+        data_ranks: int,
+    ) -> None:
+        _check_batches(train, data_ranks)
+        if (train.steps is None) == (train.tokens is None):
+            found = "neither" if train.steps is None else "both"
+            raise ConfigError("train.steps, train.tokens", found, "exactly one", "set one, the other null")
+        self._train, self._optim, self._schedule = train, optim, schedule
+        self._seq_len, self._data_ranks = seq_len, data_ranks
+        self._domain_weights = tuple(weight / sum(domain_weights) for weight in domain_weights)
+        self._ramp = BatchRamp(train.batch_ramp, train.global_batch)
+        if train.steps is not None:
+            self.total_steps = train.steps
+            self._position: Callable[[int], int] = lambda steps: steps
+        else:
+            assert train.tokens is not None
+            self.total_steps = self._ramp.steps_until(-(-train.tokens // seq_len))
+            self._position = lambda steps: self._ramp.samples_after(steps) * seq_len
+        warmup = max(1, _steps(schedule.warmup, self.total_steps))
+        decay = _steps(schedule.decay, self.total_steps) if schedule.kind is ScheduleKind.wsd else 0
+        _check_phases(schedule, warmup, decay, self.total_steps)
+        self._total = self._position(self.total_steps)
+        self._warmup = self._position(warmup)
+        self._decay = self._total - self._position(max(0, self.total_steps - decay))
+
+    def at(self, progress: Progress) -> StepPlan:
+        """The plan of the step that follows `progress`."""
+        global_batch = self._ramp.at(progress.samples)
+        if self._train.steps is not None:
+            end = progress.step + 1
+        else:
+            end = progress.tokens + global_batch * self._seq_len
+        factor = learning_rate_factor(
+            self._schedule, at=end, total=self._total, warmup=self._warmup, decay=self._decay
+        )
+        return StepPlan(
+            step=progress.step,
+            lr=self._optim.lr * factor,
+            weight_decay=self._optim.weight_decay,
+            global_batch=global_batch,
+            micro_batch=self._train.micro_batch,
+            micro_batches=global_batch // (self._train.micro_batch * self._data_ranks),
+            seq_len=self._seq_len,
+            domain_weights=self._domain_weights,
+        )
+
+    def remaining(self, progress: Progress) -> int:
+        """What is left of the run, in its unit: steps or tokens. 0 when it is done."""
+        if self._train.steps is not None:
+            return max(0, self._train.steps - progress.step)
+        assert self._train.tokens is not None
+        return max(0, self._train.tokens - progress.tokens)
+
+
+def _steps(length: float, total: int) -> int:
+    """A length given in steps or, below 1, as a share of the run."""
+    return round(length * total) if length < 1 else round(length)
+
+
+def _check_phases(schedule: ScheduleConfig, warmup: int, decay: int, total: int) -> None:
+    if decay and warmup + decay > total:
+        raise ConfigError(
+            f"schedule.warmup={schedule.warmup:g} schedule.decay={schedule.decay:g}",
+            f"{warmup} steps of warm-up and {decay} of decay",
+            f"no more than the run's {total} steps",
+            "shorten one of them, or give it as a share of the run",
+        )
+
+
+def _check_batches(train: TrainConfig, data_ranks: int) -> None:
+    """Every batch size of the run must be whole micro-batches on every replica."""
+    unit = train.micro_batch * data_ranks
+    for where, size in (
+        ("train.global_batch", train.global_batch),
+        ("train.batch_ramp.start", train.batch_ramp.start),
+        ("train.batch_ramp.increment", train.batch_ramp.increment if train.batch_ramp.start else 0),
+    ):
+        if size % unit or (size < 1 and where == "train.global_batch"):
+            raise ConfigError(
+                f"{where}={size}",
+                f"no whole number of micro-batches on {data_ranks} replicas",
+                f"a multiple of train.micro_batch={train.micro_batch} x {data_ranks} = {unit}",
+                f"set {where}={max(1, round(size / unit)) * unit} or change train.micro_batch",
+            )

@@ -1,0 +1,238 @@
+"""The nouns of the training loop: small immutable values that pass between its parts.
+
+Shape suffixes: B sequences of one data rank in one step, L sequence length, D domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from megafab.data.loader import Loader
+    from megafab.engine.base import Engine
+    from megafab.optim.schedules import Schedules
+    from megafab.resilience.signals import Signals
+    from megafab.techniques.bus import Bus
+    from megafab.telemetry.metrics import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far training is. All counts are global, so that they survive a change of topology.
+
+    `tokens` counts positions the model computed (samples x sequence length), padding included;
+    `skipped` counts steps whose update was discarded, `skipped_in_a_row` the current streak.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def advance(self, plan: StepPlan, outcome: StepOutcome) -> Progress:
+        """The progress after a step; where its update was discarded, its data are consumed all the same."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + plan.global_batch,
+            tokens=self.tokens + plan.global_batch * plan.seq_len,
+            skipped=self.skipped + (not outcome.applied),
+            skipped_in_a_row=0 if outcome.applied else self.skipped_in_a_row + 1,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step will do; a pure function of progress and techniques' state, identical on every rank.
+
+    `domain_weights` sums to 1, in the order of the corpus' domains. `micro_batches` is per data rank.
+    """
+
+    step: int
+    lr: float
+    weight_decay: float
+    global_batch: int
+    micro_batch: int
+    micro_batches: int
+    seq_len: int
+    domain_weights: tuple[float, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All sequences of one step on one data rank, on the host; rows are in sample order.
+
+    `labels_BL[b, l]` is the token after `tokens_BL[b, l]`; `loss_mask_BL` is 0 where no prediction is
+    asked for (a label in the next document). `document_BL` numbers the documents inside a row from 0,
+    and `position_BL` restarts with each of them when packing is `document`. `sample_B` is the global
+    sample index, `domain_B` the domain's index.
+    """
+
+    tokens_BL: torch.Tensor  # int64
+    labels_BL: torch.Tensor  # int64
+    loss_mask_BL: torch.Tensor  # float32
+    position_BL: torch.Tensor  # int64
+    document_BL: torch.Tensor  # int32
+    domain_B: torch.Tensor  # int64
+    sample_B: torch.Tensor  # int64
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The same batch with rows `start:stop` only."""
+        return Batch(
+            self.tokens_BL[start:stop],
+            self.labels_BL[start:stop],
+            self.loss_mask_BL[start:stop],
+            self.position_BL[start:stop],
+            self.document_BL[start:stop],
+            self.domain_B[start:stop],
+            self.sample_B[start:stop],
+            {name: value[start:stop] for name, value in self.extra.items()},
+        )
+
+    @staticmethod
+    def concatenate(batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, in order."""
+        import torch  # here, so that reading a run's records does not need it
+
+        names = [field.name for field in fields(Batch) if field.name != "extra"]
+        columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        extra = {key: torch.cat([batch.extra[key] for batch in batches]) for key in batches[0].extra}
+        return Batch(**columns, extra=extra)
+
+    def without_labels(self) -> Batch:
+        """The same rows asked to predict nothing: they count for nothing."""
+        return replace(self, loss_mask_BL=self.loss_mask_BL * 0)
+
+    def positions(self, where_L: torch.Tensor) -> Batch:
+        """The same rows cut to some positions of the sequence: a context rank's part. `extra` stays whole."""
+        return replace(
+            self,
+            tokens_BL=self.tokens_BL[:, where_L],
+            labels_BL=self.labels_BL[:, where_L],
+            loss_mask_BL=self.loss_mask_BL[:, where_L],
+            position_BL=self.position_BL[:, where_L],
+            document_BL=self.document_BL[:, where_L],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GradStats:
+    """Gradients after reduction, before any update: their global L2 norm, and whether all are finite."""
+
+    norm: float
+    finite: bool
+
+
+class Action(Enum):
+    """What to do with a step's gradients, mildest first."""
+
+    APPLY = 0
+    SCALE = 1
+    SKIP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One answer for the whole job. `scale` multiplies the gradients when the action is SCALE."""
+
+    action: Action = Action.APPLY
+    scale: float = 1.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What became of the gradients. `norm` is the global norm before clipping."""
+
+    applied: bool
+    verdict: Verdict
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One logged step, as every sink receives it. Values are plain numbers, strings and nested mappings.
+
+    `row` always has: step, samples, tokens, loss, grad_norm, lr, tokens_per_second, step_seconds, mfu
+    (null where the device's peak is unknown), skipped, seconds (of each part of the step),
+    domain_loss, domain_weight; valid_loss and valid_domain_loss on steps that evaluated;
+    a technique's own numbers under its name.
+    """
+
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """When the loop does what it does not do every step. Steps are counted from 1.
+
+    `eval_every` and `save_every` are steps between two, 0 for none but at the end; `evaluate` False turns
+    evaluation off, the end included; `save_last` saves at the end; `max_skipped` steps in a row whose update
+    was discarded end the run.
+    """
+
+    eval_every: int
+    evaluate: bool
+    save_every: int
+    save_last: bool
+    max_skipped: int
+
+    def evaluates(self, step: int, last: bool) -> bool:
+        """Whether to evaluate after this step."""
+        return self.evaluate and (last or _divides(self.eval_every, step))
+
+    def saves(self, step: int, last: bool) -> bool:
+        """Whether to save after this step."""
+        return (last and self.save_last) or _divides(self.save_every, step)
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """This data rank's part of the fixed validation sequences, evaluated `micro_batch` rows at a time."""
+
+    batches: Sequence[Batch]
+    micro_batch: int
+
+
+class Checkpoints(Protocol):
+    """Saves all state of a run and brings it back: engine, loader, techniques and progress."""
+
+    def restore(self) -> Progress:
+        """Fills the run's parts from the checkpoint to start from; `Progress()` where there is none."""
+        ...
+
+    def save(self, progress: Progress) -> object:
+        """Everything that the step after `progress` depends on, committed when this returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The parts of a training run, as `build` puts them together and `train.fit` uses them."""
+
+    engine: Engine
+    loader: Loader
+    schedules: Schedules
+    bus: Bus
+    telemetry: Telemetry
+    checkpoints: Checkpoints
+    validation: Validation
+    signals: Signals
+    cadence: Cadence
+
+    def close(self) -> None:
+        """Ends what runs beside the loop: the read ahead and the sinks."""
+        self.loader.close()
+        self.telemetry.close()

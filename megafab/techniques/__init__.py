@@ -1,0 +1,1 @@
+"""The papers: one file and one config each, behind one protocol (base)."""

@@ -1,0 +1,197 @@
+"""The one protocol of every paper: hooks that may change plan, schedule, batch, loss, verdict and weights.
+
+Where the hooks stand in `train.py`:
+
+    on_plan(plan, mesh)                                   once, before any module exists
+    on_build(stages, clock)                               once, before the engine wraps the modules
+    load_state_dict(), sharded_state()                    on resume
+    each step
+        plan    = schedules.at(progress)
+        plan    = on_schedule(plan, progress)             every rank
+        batch   = loader.take(plan)
+        batch   = on_batch(batch, plan, key)              every rank; the same on all ranks of a replica
+        ledger  = engine.forward_backward(batch, plan, loss)
+                      on_loss(terms, batch)               last pipeline stage, every micro-batch
+        stats   = engine.gradient_stats()
+        verdict = on_gradients(stats, ledger)             every rank; the most severe of the job counts
+        outcome = engine.update(plan, verdict)
+        on_step(plan, outcome, ledger, weights)           every rank
+        metrics()                                         on logged steps
+    on_eval(entering, weights)                            before and after an evaluation
+    state_dict(), sharded_state()                         at a save
+
+Rules that make off equal to the baseline, and on equal across resume and topology:
+
+- `on_schedule` is a pure function of the progress and the technique's saved state.
+- Random draws come from the `Key` a hook is given, or from one it makes of (seed, name, step, ...): never
+  from a global generator. The state of a `Key` is the integers in it.
+- State is replicated (the same on every rank: `state_dict`) or shaped like parameters (`sharded_state`);
+  never per rank, which cannot be resharded. Counts are global.
+- No collective but through what a hook is given (`terms.tensor_sum`, `ledger.reduced()`, `weights.commit()`),
+  and those on every rank alike.
+- A technique reads no other technique. Two that write one resource are refused unless both list it
+  in `composes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from megafab.loss.ledger import LossLedger
+from megafab.loss.terms import LossTerms
+from megafab.run import Batch, GradStats, Progress, StepOutcome, StepPlan, Verdict
+
+if TYPE_CHECKING:
+    from megafab.checkpoint.pieces import LogicalTensor
+    from megafab.engine.base import WeightEditor
+    from megafab.model.plan import ModelPlan
+    from megafab.topology.mesh import Mesh
+
+# What a technique can change; `writes` names what it does change.
+RESOURCES = frozenset(
+    {
+        "model",  # on_plan: the module tree, parameters, tags
+        "learning_rate",  # on_schedule, one for each thing a StepPlan says
+        "weight_decay",
+        "batch_size",
+        "sequence_length",
+        "mixture",
+        "batch",  # on_batch: tokens, mask, extra
+        "loss_terms",  # on_loss: terms beside the nll
+        "token_weights",  # on_loss: weights of the nll
+        "gradients",  # on_gradients: scale or skip
+        "weights",  # on_step: the masters
+        "evaluation_weights",  # on_eval: the weights that are evaluated
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A counter-based random key: the same parts give the same numbers on any rank, in any order of calls.
+
+    Generators are Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by a
+    hash of the parts, so that neighbouring keys are independent.
+    """
+
+    parts: tuple[int | str, ...]
+
+    def fold(self, *parts: int | str) -> Key:
+        """A key of its own for a finer thing: a layer, a micro-batch, a row."""
+        return Key(self.parts + parts)
+
+    def numpy(self) -> np.random.Generator:
+        """A fresh generator at the start of this key's stream."""
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._digest(), "little")))
+
+    def torch(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh torch generator on `device`; its stream differs between device types."""
+        seed = int.from_bytes(self._digest()[:8], "little", signed=True)
+        return torch.Generator(device).manual_seed(seed)
+
+    def _digest(self) -> bytes:
+        return hashlib.blake2b(repr(self.parts).encode(), digest_size=16).digest()
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the engine is, for layers that must draw: read it once at entry to forward, never write it.
+
+    Activation recompute runs a layer's forward a second time, when the clock has moved on: read it outside
+    the recomputed function and pass the value in. `step` counts optimizer steps, `micro_batch` those of the
+    step on this data rank.
+    """
+
+    step: int = 0
+    micro_batch: int = 0
+    data_rank: int = 0
+
+
+@dataclass(slots=True)
+class RunPlan:
+    """What is going to be built, still arithmetic: edit it in `on_plan`."""
+
+    model: ModelPlan
+
+
+class Technique:
+    """One paper. Override the hooks it needs; a hook that is not overridden costs nothing.
+
+    Class attributes: `name` is its field in `techniques.config.TechniquesConfig`; `needs` the engine
+    capabilities without which it cannot work; `writes` the `RESOURCES` it changes, `composes` those of them
+    that others may change too; `after` the techniques whose hooks run first when they are on; `terms` the
+    names `on_loss` adds to the loss.
+
+    Args:
+        config: its dataclass from `techniques.config`, in the attribute `config`.
+        seed: of the run, for keys.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset()
+    composes: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[tuple[str, ...]] = ()
+    terms: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
+        """Edits the plan of the model: config fields, module specs, parameters, tags. Every rank, once.
+
+        Before any module exists, because engines flatten parameters into buffers: what is added or retagged
+        later is lost. `mesh` is arithmetic, so `megafab plan` runs this without ranks.
+        """
+
+    def on_build(self, stages: Sequence[torch.nn.Module], clock: Clock) -> None:
+        """Initialises, freezes or taps this rank's modules; keeps the clock. Once, before wrapping."""
+
+    def on_schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
+        """The plan of the next step. Pure in progress and saved state, so that all ranks agree."""
+        return plan
+
+    def on_batch(self, batch: Batch, plan: StepPlan, key: Key) -> Batch:
+        """The step's rows of this data rank, on the host. `key` is that of (seed, name, step, data rank).
+
+        Runs on every rank of a replica, which must agree: use no randomness but the key. The loss mask
+        is final afterwards: valid tokens are counted next.
+        """
+        return batch
+
+    def on_loss(self, terms: LossTerms, batch: Batch) -> None:
+        """Adds named terms or token weights. `batch` has the micro-batch's rows, cut as `terms` are."""
+
+    def on_gradients(self, stats: GradStats, ledger: LossLedger) -> Verdict:
+        """What to do with the gradients: apply, scale or skip. Needs the capability `veto`."""
+        return Verdict()
+
+    def on_step(
+        self, plan: StepPlan, outcome: StepOutcome, ledger: LossLedger, weights: WeightEditor
+    ) -> None:
+        """After the update or its skip: edits weights, updates averages, feeds policies."""
+
+    def on_eval(self, entering: bool, weights: WeightEditor) -> None:
+        """Puts other weights in place for an evaluation, and the very same bits back after it."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Its own numbers of the last step, written under its name. Asked for on logged steps only."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its replicated state, JSON-able, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    def sharded_state(self, weights: WeightEditor) -> Mapping[str, LogicalTensor]:
+        """Its tensors shaped like parameters, as views: saved from and loaded into (`weights.describe`)."""
+        return {}

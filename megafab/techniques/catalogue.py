@@ -1,0 +1,26 @@
+"""Every technique by name: a field of `TechniquesConfig` and a class, imported when the field is set."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields
+
+from megafab.techniques.base import Technique
+from megafab.techniques.config import TechniquesConfig
+
+CLASSES = {
+    "z_loss": "megafab.techniques.z_loss:ZLoss",
+    "ema": "megafab.techniques.ema:EMA",
+}
+
+
+def load(name: str) -> type[Technique]:
+    """The class of a technique."""
+    module, _, attribute = CLASSES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build(config: TechniquesConfig, seed: int) -> list[Technique]:
+    """The techniques that are on, in the order of the config's fields."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    return [load(name)(setting, seed) for name, setting in settings.items() if setting is not None]

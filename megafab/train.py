@@ -1,0 +1,129 @@
+"""The page: what one training step is, in the order the papers would say it. Everything else is a part.
+
+    plan -> batch -> losses and gradients -> measure -> verdict -> update -> record, evaluate, save
+
+A step takes its whole global batch before the first forward pass, so that the number of valid tokens, by
+which every loss is divided, is known to all ranks. Between any two of the calls stand the hooks of
+techniques (`techniques/base.py`). The loop holds no state but the progress: with what `Checkpoints.save`
+keeps after step k, step k + 1 of a new process is bit for bit what it would have been.
+
+The host waits for the device where it must: for the gradient norm, which decides whether the update is
+applied, and for the losses on steps that are logged. Ranks agree on a signal about once a second.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from megafab.engine.base import nll_only
+from megafab.errors import UserError
+from megafab.loss.ledger import LedgerReport, LossLedger
+from megafab.run import Progress, Run, StepOutcome, StepPlan
+
+
+def fit(run: Run) -> Progress:
+    """Trains until the run is complete or a signal asks to leave; returns how far it came.
+
+    Once begun, the run is closed at the end whatever happens. Whether a signal ended the run, and the
+    exit code that goes with it, is for `run.signals` to say.
+
+    Raises:
+        UserError: `train.max_skipped` steps in a row had no finite gradients.
+    """
+    progress = run.checkpoints.restore()
+    run.telemetry.start(progress)
+    part, weights = run.telemetry.timers, run.engine.weights()
+    with closing(run), run.signals:
+        if not run.schedules.remaining(progress):
+            run.telemetry.message(
+                f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "
+                "raise it to go on"
+            )
+
+        while run.schedules.remaining(progress):
+            run.telemetry.begin(progress.step + 1)
+            plan = run.bus.schedule(run.schedules.at(progress), progress)
+
+            with part("data"):
+                batch = run.bus.batch(run.loader.take(plan), plan)
+            with part("forward_backward"):
+                ledger = run.engine.forward_backward(batch, plan, run.bus.loss)
+            with part("gradients"):
+                stats = run.engine.gradient_stats()
+                verdict = run.bus.gradients(stats, ledger)
+            with part("update"):
+                outcome = run.engine.update(plan, verdict, stats)
+                run.bus.step(plan, outcome, ledger, weights)
+            progress = progress.advance(plan, outcome)
+
+            last = not run.schedules.remaining(progress)
+            leaving = run.signals.leave() and not last
+            valid = None
+            if run.cadence.evaluates(progress.step, last) and not leaving:
+                with part("evaluate"):
+                    valid = evaluate(run)
+            _record(run, plan, progress, outcome, ledger, valid)
+            if run.cadence.saves(progress.step, last) or leaving:
+                with part("checkpoint"):
+                    run.checkpoints.save(progress)
+            if leaving:
+                run.telemetry.message(
+                    f"{run.signals.name}: saved after step {progress.step}; run the same command to go on"
+                )
+                break
+            _require_progress(run, progress, outcome)
+    return progress
+
+
+def evaluate(run: Run) -> LedgerReport:
+    """The loss on the validation split by domain, with the weights that techniques want evaluated.
+
+    Leaves no trace: the weights are back to the last bit, and no random number is drawn.
+    """
+    weights = run.engine.weights()
+    run.bus.eval(True, weights)
+    ledger, *rest = (
+        run.engine.evaluate(batch, run.validation.micro_batch, nll_only) for batch in run.validation.batches
+    )
+    run.bus.eval(False, weights)
+    for other in rest:
+        ledger.merge(other)
+    return ledger.reduced()
+
+
+def _record(
+    run: Run,
+    plan: StepPlan,
+    progress: Progress,
+    outcome: StepOutcome,
+    ledger: LossLedger,
+    valid: LedgerReport | None,
+) -> None:
+    """One row for the sinks where one is due; without one, nothing is reduced or waited for."""
+    if not outcome.applied:
+        run.telemetry.message(f"step {progress.step}: update discarded, {outcome.verdict.reason}")
+    if not run.telemetry.due(progress.step) and valid is None:
+        return
+    losses = ledger.reduced()
+    run.telemetry.record(
+        plan=plan,
+        progress=progress,
+        outcome=outcome,
+        loss=losses.loss,
+        domain_loss=losses.domain_loss,
+        domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
+        extra=run.bus.metrics(losses),
+        valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
+    )
+
+
+def _require_progress(run: Run, progress: Progress, outcome: StepOutcome) -> None:
+    """Ends a run that only discards updates: it would burn its budget without training."""
+    if progress.skipped_in_a_row >= run.cadence.max_skipped:
+        raise UserError(
+            f"train.max_skipped={run.cadence.max_skipped}",
+            f"the last {progress.skipped_in_a_row} updates discarded, up to step {progress.step} "
+            f"({outcome.verdict.reason})",
+            "finite gradients",
+            "lower optim.lr or lengthen schedule.warmup, and resume from an earlier checkpoint",
+        )
