@@ -1,0 +1,1 @@
+"""Checkpoints: logical tensors by name, committed atomically."""

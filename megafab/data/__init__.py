@@ -1,0 +1,1 @@
+"""Built shards to batches: format, order, mixture, packing, loader."""

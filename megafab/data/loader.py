@@ -1,0 +1,311 @@
+"""Shards to batches: which windows a step reads, on which rank, and the few integers that resume it.
+
+A sample is a window of `seq_len + 1` consecutive tokens of one domain, starting at a multiple of
+`seq_len`: the last label of a window is the first token of the next. Global sample g belongs to the
+domain that `mixture.draw` says; it is that domain's k-th sample, k being the count of earlier ones, and
+`order.visit` says which window the k-th is. So the state is the number of samples and a count by domain.
+
+Shape suffixes: B rows of a data rank, L sequence length, W = L + 1 tokens of a window, D domains,
+G samples of a step over all data ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megafab.data import mixture, order
+from megafab.data.config import Packing
+from megafab.data.packing import pack
+from megafab.errors import UserError
+from megafab.run import Batch, StepPlan
+
+if TYPE_CHECKING:
+    from megafab.data.format import Corpus
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """All that decides what a step reads."""
+
+    first_sample: int
+    counts_D: tuple[int, ...]
+    global_batch: int
+    weights_D: tuple[float, ...]
+
+
+_Read = tuple[Batch, tuple[int, ...]]  # this data rank's rows, and the counts after the step
+
+
+class Loader:
+    """The batches of one split, step by step, for one data rank.
+
+    The order of samples is a function of (seed, corpus, mixture log): the number of data ranks, the
+    micro-batch, prefetching and interruptions do not enter. Every data rank keeps the same state.
+
+    Args:
+        corpus: the shards.
+        split: `train` or `valid`.
+        seed: of the mixture's draws and of the order of windows.
+        seq_len: L.
+        packing: how documents share a row.
+        data_rank: this replica's number among `data_ranks`. Data rank r gets rows
+            `[r * G / data_ranks, (r + 1) * G / data_ranks)` of every step.
+        data_ranks: the number of model replicas.
+        prefetch: read the next step's rows in a thread while the current step computes.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        split: str,
+        seed: int,
+        seq_len: int,
+        packing: Packing,
+        data_rank: int,
+        data_ranks: int,
+        prefetch: bool,
+    ) -> None:
+        assert 0 <= data_rank < data_ranks
+        self._corpus, self._split, self._seed = corpus, split, seed
+        self._seq_len, self._packing = seq_len, packing
+        self._data_rank, self._data_ranks = data_rank, data_ranks
+        self._reader = _Reader(corpus, split, seq_len, packing)
+        self._window_keys_D = np.array(
+            [order.stream_key(seed, "windows", name) for name in corpus.domains], np.uint64
+        )
+        self._samples = 0
+        self._counts_D = (0,) * len(corpus.domains)
+        self._log: list[tuple[int, tuple[float, ...]]] = []
+        self._prefetch = prefetch
+        self._ahead: _Ahead | None = None
+
+    def take(self, plan: StepPlan) -> Batch:
+        """This data rank's rows of the next step, in sample order; the state moves on by a global batch.
+
+        Raises:
+            UserError: a domain with a positive weight has not enough tokens for one window.
+        """
+        assert plan.seq_len == self._seq_len, (plan.seq_len, self._seq_len)
+        assert plan.micro_batch * plan.micro_batches * self._data_ranks == plan.global_batch, plan
+        step = _Step(self._samples, self._counts_D, plan.global_batch, tuple(plan.domain_weights))
+        new_weights = not self._log or self._log[-1][1] != step.weights_D
+        if new_weights:
+            require_windows(self._corpus, self._split, self._seq_len, step.weights_D)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.step == step:
+            batch, counts_D = ahead.result()
+        else:
+            if ahead is not None:
+                ahead.join()
+            batch, counts_D = self._read(step)
+        if new_weights:
+            self._log.append((step.first_sample, step.weights_D))
+        self._samples += step.global_batch
+        self._counts_D = counts_D
+        if self._prefetch:
+            guess = _Step(self._samples, counts_D, step.global_batch, step.weights_D)
+            self._ahead = _Ahead(guess, self._read)
+        return batch
+
+    @property
+    def consumed(self) -> dict[str, dict[str, float]]:
+        """What was read so far, by domain: `samples`, and `epochs` as a fraction of its windows."""
+        epochs_D = np.divide(self._counts_D, np.maximum(self._reader.windows_D, 1))
+        return {
+            name: {"samples": count, "epochs": float(epochs)}
+            for name, count, epochs in zip(self._corpus.domains, self._counts_D, epochs_D, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, the same on every data rank. It grows only when the mixture's weights change.
+
+        `samples` and `counts` resume the order; `mixture_log` holds [first sample, weights] of each
+        stretch of constant weights, from which alone the counts could be computed again; `epochs` is for
+        the reader; `order` is what the counts refer to, checked by `load_state_dict`.
+        """
+        epochs_D = self._counts_D // np.maximum(self._reader.windows_D, 1)
+        return {
+            "samples": self._samples,
+            "counts": dict(zip(self._corpus.domains, self._counts_D, strict=True)),
+            "epochs": dict(zip(self._corpus.domains, epochs_D.tolist(), strict=True)),
+            "mixture_log": [[first, list(weights_D)] for first, weights_D in self._log],
+            "order": self._order(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the last sample of `state`; the next `take` is what it would have been.
+
+        Raises:
+            UserError: the state counts windows of other shards, or in another order, so that continuing
+                would repeat some and skip others without a word.
+        """
+        for what, now in self._order().items():
+            then = state["order"][what]
+            if then != now:
+                raise UserError(
+                    f"the checkpoint's data state, {what}",
+                    f"{then} there and {now} in this run",
+                    "the same, so that the order of samples continues",
+                    "resume with the data, seed and sequence length of the checkpoint, "
+                    "or start a new stage, which counts from 0",
+                )
+        self._samples = int(state["samples"])
+        self._counts_D = tuple(int(state["counts"][name]) for name in self._corpus.domains)
+        self._log = [(int(first), tuple(weights_D)) for first, weights_D in state["mixture_log"]]
+
+    def close(self) -> None:
+        """Waits for the read in progress, if any, and drops it."""
+        if self._ahead is not None:
+            self._ahead.join()
+            self._ahead = None
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            "corpus": self._corpus.fingerprint,
+            "split": self._split,
+            "seed": self._seed,
+            "seq_len": self._seq_len,
+        }
+
+    def _read(self, step: _Step) -> _Read:
+        """The rows of this data rank, and the counts after the step. Changes nothing."""
+        domain_G = mixture.draw(self._seed, step.first_sample, step.global_batch, step.weights_D)
+        counts_D = np.array(step.counts_D, np.int64)
+        index_G = counts_D[domain_G] + mixture.occurrence(domain_G)
+        after_D = counts_D + np.bincount(domain_G, minlength=len(counts_D))
+
+        rows = step.global_batch // self._data_ranks
+        mine = slice(self._data_rank * rows, (self._data_rank + 1) * rows)
+        domain_B = domain_G[mine]
+        windows_B = self._reader.windows_D[domain_B]
+        window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
+        sample_B = np.arange(step.first_sample, step.first_sample + step.global_batch)[mine]
+        return self._reader.read(domain_B, window_B, sample_B), tuple(after_D.tolist())
+
+
+def require_windows(corpus: Corpus, split: str, seq_len: int, weights_D: Sequence[float]) -> None:
+    """Refuses a mixture that draws on a domain too short for one window.
+
+    Raises:
+        UserError: naming the domain, its tokens and what a window needs.
+    """
+    for name, tokens, weight in zip(corpus.domains, corpus.tokens(split), weights_D, strict=True):
+        if weight > 0 and tokens < seq_len + 1:
+            raise UserError(
+                f"data.path={corpus.path}, domain {name}, split {split}",
+                f"{tokens} tokens",
+                f"at least model.seq_len + 1 = {seq_len + 1}, because its weight is {weight:.3g}",
+                f"leave {name} out of data.mixture, add text to it, or lower model.seq_len",
+            )
+
+
+def validation_batches(
+    corpus: Corpus,
+    *,
+    samples_per_domain: int,
+    seq_len: int,
+    packing: Packing,
+    data_rank: int,
+    data_ranks: int,
+    micro_batch: int,
+) -> dict[str, tuple[Batch, ...]]:
+    """Each domain's validation micro-batches on this data rank: always the same sequences, none twice.
+
+    A domain's sequences are the first `samples_per_domain` windows of a fixed permutation of its
+    validation split, or all of them if it has fewer; a split shorter than one window is one short
+    sequence. They are dealt to the data ranks in order and padded with rows whose loss mask is 0 and
+    whose `sample_B` is -1, so that every rank has the same number of micro-batches of the same shape
+    (their collectives must match) and sums over the mask do not depend on `data_ranks`. A domain with
+    nothing to predict has no micro-batches.
+    """
+    reader = _Reader(corpus, "valid", seq_len, packing)
+    result = {}
+    for domain, name in enumerate(corpus.domains):
+        # A short split still has the labels it has; one token predicts nothing.
+        windows = max(int(reader.windows_D[domain]), int(corpus.tokens("valid")[domain] >= 2))
+        samples = min(samples_per_domain, windows)
+        micro_batches = -(-samples // (data_ranks * micro_batch))
+        rows = micro_batches * micro_batch
+        sample_B = np.arange(data_rank * rows, (data_rank + 1) * rows)
+        sample_B[sample_B >= samples] = -1
+        key, size = np.array([order.stream_key("validation", name)], np.uint64), np.array([max(windows, 1)])
+        window_B = np.where(sample_B < 0, -1, order.permute(np.maximum(sample_B, 0), size, key))
+        batch = reader.read(np.full(rows, domain), window_B, sample_B)
+        result[name] = tuple(batch.rows(start, start + micro_batch) for start in range(0, rows, micro_batch))
+    return result
+
+
+class _Reader:
+    """Windows of one split as rows of a batch.
+
+    `windows_D` is the number of full windows of each domain.
+    """
+
+    def __init__(self, corpus: Corpus, split: str, seq_len: int, packing: Packing) -> None:
+        self._streams = [corpus.domain(split, domain) for domain in range(len(corpus.domains))]
+        self._eod, self._seq_len, self._packing = corpus.eod, seq_len, packing
+        self.windows_D = np.maximum(np.array(corpus.tokens(split), np.int64) - 1, 0) // seq_len
+
+    def read(self, domain_B: np.ndarray, window_B: np.ndarray, sample_B: np.ndarray) -> Batch:
+        """The batch of these windows; window -1 is padding, and so is what a short stream lacks."""
+        window_BW = np.full((len(domain_B), self._seq_len + 1), self._eod, np.int64)
+        starts_BW = np.zeros(window_BW.shape, bool)
+        labels_B = np.full(len(domain_B), self._seq_len)
+        for row, (domain, window) in enumerate(zip(domain_B.tolist(), window_B.tolist(), strict=True)):
+            if window < 0:
+                labels_B[row] = 0
+                continue
+            stream, start = self._streams[domain], window * self._seq_len
+            count = min(self._seq_len + 1, stream.tokens - start)
+            window_BW[row, :count] = stream.read(start, count)
+            labels_B[row] = count - 1
+            if self._packing is Packing.document:
+                starts_BW[row, stream.document_starts(start, count)] = True
+        packed = pack(window_BW, starts_BW, self._packing)
+        for row in np.flatnonzero(labels_B < self._seq_len):
+            packed.loss_mask_BL[row, labels_B[row] :] = 0
+        return Batch(
+            tokens_BL=torch.from_numpy(packed.tokens_BL),
+            labels_BL=torch.from_numpy(packed.labels_BL),
+            loss_mask_BL=torch.from_numpy(packed.loss_mask_BL),
+            position_BL=torch.from_numpy(packed.position_BL),
+            document_BL=torch.from_numpy(packed.document_BL),
+            domain_B=torch.from_numpy(np.array(domain_B, np.int64)),
+            sample_B=torch.from_numpy(np.array(sample_B, np.int64)),
+        )
+
+
+class _Ahead:
+    """One step read in a daemon thread on the guess that the next plan will ask for it."""
+
+    def __init__(self, step: _Step, read: Callable[[_Step], _Read]) -> None:
+        self.step = step
+        self._result: _Read | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(read,), name="megafab-prefetch", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until the thread has ended, whatever became of it."""
+        self._thread.join()
+
+    def result(self) -> _Read:
+        """What was read, waiting for it; raises what the thread raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def _run(self, read: Callable[[_Step], _Read]) -> None:
+        try:
+            self._result = read(self.step)
+        except BaseException as error:  # it belongs to whoever asks for the result
+            self._error = error

@@ -1,0 +1,102 @@
+"""Which domain a sample comes from.
+
+The domain of global sample g is one uniform number, a hash of (seed, g), looked up in the cumulative
+weights in force at that step. Nothing else enters: not the data-parallel size, not the batch the sample
+is in, not the samples before it.
+
+Shape suffixes: D domains, N samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megafab.data.order import stream_key, uniform
+from megafab.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megafab.data.format import Corpus
+
+_log = logging.getLogger(__name__)
+
+
+def weights(mixture: Mapping[str, float] | None, corpus: Corpus) -> tuple[float, ...]:
+    """The domains' weights in the corpus' order, summing to 1, from `data.mixture`.
+
+    None weighs each domain by its training tokens. A domain that the mixture leaves out gets weight 0,
+    and a log line says so.
+
+    Raises:
+        ConfigError: an unknown domain; a negative or non-finite weight; no positive weight at all.
+        UserError: no mixture is given and the corpus has no training tokens.
+    """
+    if mixture is None:
+        tokens_D = corpus.tokens("train")
+        if sum(tokens_D) == 0:
+            raise UserError(
+                f"data.path={corpus.path}",
+                "no training tokens",
+                "a corpus with at least one training document",
+                "build it again with `megafab data`, and see what its filters dropped",
+            )
+        return _normalised(tokens_D)
+    _check(mixture, corpus.domains)
+    left_out = [name for name in corpus.domains if name not in mixture]
+    if left_out:
+        _log.warning("data.mixture leaves out %s: weight 0, never read", ", ".join(left_out))
+    return _normalised([mixture.get(name, 0.0) for name in corpus.domains])
+
+
+def draw(seed: int, first_sample: int, count: int, weights_D: Sequence[float]) -> np.ndarray:
+    """The domain of each of the global samples `first_sample .. first_sample + count - 1`: int64 [count]."""
+    cumulative_D = np.cumsum(np.asarray(weights_D, np.float64))
+    # Dividing makes the last entry exactly 1, which every uniform number is below; "right" steps over
+    # domains of weight 0 even when the number falls exactly on their edge.
+    cumulative_D /= cumulative_D[-1]
+    sample_N = np.arange(first_sample, first_sample + count, dtype=np.int64)
+    uniform_N = uniform(stream_key(seed, "mixture"), sample_N)
+    return np.searchsorted(cumulative_D, uniform_N, side="right")
+
+
+def occurrence(domain_N: np.ndarray) -> np.ndarray:
+    """How many earlier entries of `domain_N` equal each entry: int64 [N]."""
+    order_N = np.argsort(domain_N, kind="stable")
+    sorted_N = domain_N[order_N]
+    result_N = np.empty(len(domain_N), np.int64)
+    result_N[order_N] = np.arange(len(domain_N)) - np.searchsorted(sorted_N, sorted_N, side="left")
+    return result_N
+
+
+def _check(mixture: Mapping[str, float], domains: tuple[str, ...]) -> None:
+    for name, weight in mixture.items():
+        if name not in domains:
+            raise ConfigError(
+                f"data.mixture.{name}",
+                "no such domain in the corpus",
+                f"one of {', '.join(domains)}",
+                "correct the name, or build the corpus with that source",
+            )
+        if not math.isfinite(weight) or weight < 0:
+            raise ConfigError(
+                f"data.mixture.{name}",
+                str(weight),
+                "a finite weight >= 0",
+                f"data.mixture.{name}=0 leaves the domain out",
+            )
+    if not any(mixture.values()):
+        raise ConfigError(
+            "data.mixture",
+            "no positive weight",
+            f"a positive weight for at least one of {', '.join(domains)}",
+            "data.mixture=null weighs domains by their training tokens",
+        )
+
+
+def _normalised(values_D: Sequence[float]) -> tuple[float, ...]:
+    total = math.fsum(values_D)
+    return tuple(float(value) / total for value in values_D)

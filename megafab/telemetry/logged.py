@@ -1,0 +1,157 @@
+"""A run directory, read back: its rows, its configuration, and what they say in a few numbers.
+
+`metrics.jsonl` and `config.yaml` must be there; the facts in `header.json` and a text in `sample.txt` may.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megafab.errors import UserError
+from megafab.telemetry.charts import Series
+from megafab.telemetry.rows import HEADER_FILE, METRICS_FILE, flatten, read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRun:
+    """A run directory, read. `rows` are flat: `domain_loss/books`."""
+
+    name: str
+    color: int
+    rows: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]
+    header: Mapping[str, str]
+    sample: str
+
+    def column(self, key: str) -> list[float | None]:
+        """The numbers under `key`, row by row; None where there is none."""
+        return [_number(row.get(key)) for row in self.rows]
+
+    def known(self, key: str) -> list[float]:
+        """The numbers under `key`, without the gaps."""
+        return [value for value in self.column(key) if value is not None]
+
+    def series(
+        self,
+        key: str,
+        name: str,
+        color: int,
+        *,
+        dots: bool = False,
+        smooth: bool = False,
+        sparse: bool = False,
+    ) -> Series:
+        """The curve of `key`; `sparse` leaves out the rows that do not have the key at all."""
+        rows = [row for row in self.rows if key in row] if sparse else self.rows
+        return Series(
+            name,
+            color,
+            step=[row["step"] for row in rows],
+            tokens=[row.get("tokens", 0) for row in rows],
+            values=[_number(row.get(key)) for row in rows],
+            dots=dots,
+            smooth=smooth,
+        )
+
+    def leaves(self, prefix: str) -> list[str]:
+        """The keys below `prefix/`, without it, in the order they first appear."""
+        start = prefix + "/"
+        keys = (key for row in self.rows for key in row)
+        return list(dict.fromkeys(key.removeprefix(start) for key in keys if key.startswith(start)))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def load_run(path: Path, name: str, color: int = 0) -> LoggedRun:
+    """Read a run directory.
+
+    Raises:
+        UserError: it is not one, or has logged nothing yet.
+    """
+    if not path.is_dir():
+        raise UserError(
+            str(path), "no directory", "a run directory", "name one, as in: megafab report runs/a"
+        )
+    rows = read_rows(path / METRICS_FILE)
+    if not rows:
+        raise UserError(str(path / METRICS_FILE), "no row", "at least one logged step", "let the run go on")
+    header, sample = path / HEADER_FILE, path / "sample.txt"
+    return LoggedRun(
+        name=name,
+        color=color,
+        rows=[flatten(row) for row in rows],
+        config=_read_config(path / "config.yaml"),
+        header=json.loads(header.read_text(encoding="utf-8")) if header.exists() else {},
+        sample=sample.read_text(encoding="utf-8") if sample.exists() else "",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration, flat: `optim/lr`."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        found = getattr(error, "strerror", None) or "no YAML"
+        raise UserError(str(path), found, "the configuration of a run", "name a run directory") from error
+    if not isinstance(config, dict):
+        raise UserError(str(path), type(config).__name__, "a mapping", "name a run directory")
+    return flatten(config)
+
+
+def summary(run: LoggedRun) -> dict[str, Any]:
+    """A run in numbers: where it stands, how fast it was, what it cost. None where nothing is known."""
+    last = run.rows[-1]
+    valid = run.known("valid_loss")
+    return {
+        "steps": last["step"],
+        "tokens": last.get("tokens"),
+        "train_loss": _last(run.known("loss")),
+        "valid_loss": _last(valid),
+        "best_valid_loss": min(valid, default=None),
+        "tokens_per_second": _median(run.known("tokens_per_second")),
+        "step_seconds": _median(run.known("step_seconds")),
+        "mfu": _median(run.known("mfu")),
+        "wall_seconds": sum(run.known("wall_seconds")),
+        "evaluate_seconds": sum(run.known("evaluate_seconds")),
+        "checkpoint_seconds": sum(run.known("checkpoint_seconds")),
+        "restarts": max((row.get("session", 1) for row in run.rows), default=1) - 1,
+        "skipped": last.get("skipped", 0),
+    }
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return values[-1] if values else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
+
+
+def config_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
+    """The configuration keys, dotted, whose values differ between runs; their names and places aside."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    missing = object()
+    differing = [key for key in keys if len({repr(run.config.get(key, missing)) for run in runs}) > 1]
+    return {
+        key.replace("/", "."): ["" if key not in run.config else yaml_value(run.config[key]) for run in runs]
+        for key in differing
+        if not key.startswith("run/")
+    }
+
+
+def yaml_value(value: Any) -> str:
+    """A scalar as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
