@@ -1,0 +1,1 @@
+"""Offline: raw text to tokenized, split, indexed shards. Never imported by megafab."""

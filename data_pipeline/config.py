@@ -1,0 +1,112 @@
+"""What `megafab data` is told, and the checks that need no file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from megafab.errors import ConfigError, ConfigErrors
+
+_DOMAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class TokenizerType(Enum):
+    """`bpe` and `unigram` are trained on the sources; `file` is given."""
+
+    bpe = "bpe"
+    unigram = "unigram"
+    file = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Which tokenizer to train, or where a given one is."""
+
+    type: TokenizerType = TokenizerType.bpe
+    vocab: int = 8192  # ids, the 256 bytes and EOD included; a given tokenizer brings its own
+    path: str | None = None  # type=file: a SentencePiece .model, a tokenizer.json, or a directory with one
+    sample_bytes: int = 8_000_000  # text it is trained on, drawn from all domains alike
+
+
+@dataclass(frozen=True, slots=True)
+class BuildConfig:
+    """Everything `megafab data` is told. `workers` and `overwrite` do not change the result."""
+
+    # Domain name -> path, glob, `datasets` id, or a list of them; null: the standard library of this Python.
+    sources: dict[str, Any] | None = None
+    out: str = MISSING  # directory of the corpus; appears when it is complete
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text_key: str = "text"  # where JSONL and Parquet rows keep their text
+    valid_fraction: float = 0.01  # share of distinct documents held out; 0: no validation split
+    seed: int = 1234  # order of documents within a shard
+    skip_bad: bool = False  # count and report bad documents instead of stopping at the first
+    workers: int = 2  # processes
+    stdlib_bytes: int = 8_000_000  # per domain of the default corpus
+    overwrite: bool = False  # replace a corpus that was built from another request
+
+
+def check(config: BuildConfig) -> None:
+    """Refuse what cannot be built, all problems at once.
+
+    Raises:
+        ConfigErrors: at least one value is out of range or contradicts another.
+    """
+    problems = [problem for problem in _problems(config) if problem is not None]
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def _problems(config: BuildConfig) -> list[ConfigError | None]:
+    given = config.tokenizer.type is TokenizerType.file
+    path = config.tokenizer.path
+    vocab, sample = config.tokenizer.vocab, config.tokenizer.sample_bytes
+    return [
+        _at_least("workers", config.workers, 1),
+        _at_least("stdlib_bytes", config.stdlib_bytes, 100_000),
+        _at_least("tokenizer.sample_bytes", sample, 10_000),
+        None if given else _at_least("tokenizer.vocab", vocab, 259),
+        None
+        if 0 <= config.valid_fraction < 1
+        else ConfigError(
+            f"valid_fraction={config.valid_fraction}",
+            "a share out of range",
+            "0 <= share < 1",
+            "valid_fraction=0.01",
+        ),
+        ConfigError("tokenizer.path", "nothing", "a path, as tokenizer.type=file", "tokenizer.path=FILE")
+        if given and not path
+        else None,
+        ConfigError(
+            f"tokenizer.path={path}",
+            f"tokenizer.type={config.tokenizer.type.value}",
+            "tokenizer.type=file when a path is given",
+            "tokenizer.type=file, or leave tokenizer.path out",
+        )
+        if path and not given
+        else None,
+        *[_bad_domain(name, value) for name, value in (config.sources or {}).items()],
+        ConfigError("sources={}", "no domain", "at least one", "sources={name: PATH}, or leave sources out")
+        if config.sources is not None and not config.sources
+        else None,
+    ]
+
+
+def _at_least(key: str, value: int, least: int) -> ConfigError | None:
+    if value >= least:
+        return None
+    return ConfigError(f"{key}={value}", "a value too small", f"at least {least}", f"{key}={least}")
+
+
+def _bad_domain(name: Any, value: Any) -> ConfigError | None:
+    if not isinstance(name, str) or not _DOMAIN.fullmatch(name):
+        expected = "letters, digits, '_', '-' and '.', as files are named by it"
+        return ConfigError(f"sources.{name}", f"the domain name {name!r}", expected, "rename the domain")
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(entry, str) and entry for entry in values):
+        expected = "a path, a glob, a datasets id, or a list of these"
+        return ConfigError(f"sources.{name}", repr(value), expected, f"sources={{{name}: PATH}}")
+    return None
