@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `ranks` and test helpers, under any import mode
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, where it is not installed
+
+from ranks import Ranks  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the fixture `ranks` as `multiproc`."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("multiproc")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Ranks for multi-process tests: `ranks.run(fn, *args, world=4)`; see tests/ranks.py."""
+    pool = Ranks()
+    yield pool
+    pool.close()

@@ -1,0 +1,53 @@
+"""What the README shows is what the code says and does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_quoted_loop_is_the_loop():
+    (quoted,) = blocks("python")
+    source = (ROOT / "megafab" / "train.py").read_text()
+    indented = "\n".join(f"        {line}" if line else "" for line in quoted.rstrip().split("\n"))
+    assert len(quoted.splitlines()) > 15
+    assert indented in source
+
+
+def test_the_quoted_mistakes_get_the_quoted_answers(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (session,) = blocks("console")
+    command, expected = session.split("\n", 1)
+    assert cli.main(command.removeprefix("$ megafab ").split()) == cli.USER_ERROR
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"`((?:megafab|conf|tests|tools)/[\w/.]+)`", README)))
+)
+def test_named_paths_exist(target):
+    assert (ROOT / target).exists()
+
+
+def test_the_model_readme_computes():
+    (snippet,) = blocks("python", (ROOT / "megafab/model/README.md").read_text())
+    names: dict = {}
+    exec(snippet, names)
+    assert names["flops"] > names["shape"].flops_per_token()

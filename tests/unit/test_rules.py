@@ -1,0 +1,496 @@
+"""Every rule: what breaks it, the exact line it gives, and what it lets pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafab.checkpoint.config import CheckpointConfig
+from megafab.config.rules import RULES, CorpusFacts, RuleErrors, check_all, corpus_facts
+from megafab.config.schema import RunConfig, TrainConfig
+from megafab.data.config import DataConfig
+from megafab.model.config import ModelConfig, Position
+from megafab.optim.config import OptimConfig, ScheduleKind
+from megafab.techniques.config import EMAConfig
+from megafab.topology.config import ContextMethod
+
+# A valid run: 8 layers, 8 heads with 4 key-value heads, on one rank.
+BASE = RunConfig(
+    model=ModelConfig(name="m", layers=8, hidden=64, heads=8, kv_heads=4, ffn=96, seq_len=32),
+    train=TrainConfig(steps=100, global_batch=8, micro_batch=1),
+    optim=OptimConfig(lr=1e-3),
+    data=DataConfig(path="corpus"),
+)
+CORPUS = CorpusFacts("corpus", vocab_size=1000, tokens={"books": 5000, "code": 900})
+
+
+def change(config: Any, changes: dict[str, Any]) -> Any:
+    """`config` with the values at dotted keys replaced."""
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        inner = change(getattr(config, name), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{name: inner})
+    return config
+
+
+def violations(changes: dict[str, Any], ranks: int = 1, corpus: CorpusFacts | None = CORPUS) -> list[str]:
+    try:
+        check_all(change(BASE, changes), ranks=ranks, corpus=corpus)
+    except RuleErrors as errors:
+        return str(errors).splitlines()
+    return []
+
+
+# (rule, changes, ranks, the line)
+BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
+    (
+        "size",
+        {"model.layers": 0},
+        1,
+        "model.layers=0: found 0, expected at least 1. Fix: model.layers=1 or more",
+    ),
+    (
+        *("size", {"eval.samples": -1}, 1),
+        "eval.samples=-1: found -1, expected at least 0. Fix: eval.samples=0 or more",
+    ),
+    (
+        *("size", {"techniques.ema": EMAConfig(every=0)}, 1),
+        "techniques.ema.every=0: found 0, expected at least 1. Fix: techniques.ema.every=1 or more",
+    ),
+    (
+        *("range", {"optim.lr": 0.0}, 1),
+        "optim.lr=0: found 0, expected more than 0. Fix: give optim.lr a value more than 0",
+    ),
+    (
+        *("range", {"schedule.warmup": math.nan}, 1),
+        "schedule.warmup=nan: found nan, expected 0 or more. Fix: give schedule.warmup a value 0 or more",
+    ),
+    (
+        *("range", {"schedule.decay": math.inf, "schedule.kind": ScheduleKind.wsd}, 1),
+        "schedule.decay=inf: found inf, expected 0 or more. Fix: give schedule.decay a value 0 or more",
+    ),
+    (
+        *("range", {"optim.beta2": 1.0}, 1),
+        "optim.beta2=1: found 1, expected at least 0 and below 1. "
+        "Fix: give optim.beta2 a value at least 0 and below 1",
+    ),
+    (
+        *("range", {"schedule.min_ratio": float("nan")}, 1),
+        "schedule.min_ratio=nan: found nan, expected between 0 and 1. "
+        "Fix: give schedule.min_ratio a value between 0 and 1",
+    ),
+    (
+        *("range", {"optim.clip": -0.5}, 1),
+        "optim.clip=-0.5: found -0.5, expected 0 or more. Fix: give optim.clip a value 0 or more",
+    ),
+    (
+        *("head-size", {"model.hidden": 68, "model.position": Position.learned}, 1),
+        "model.hidden=68: found 68 % 8 = 4, expected a multiple of model.heads=8. "
+        "Fix: change model.heads, or set model.head_dim",
+    ),
+    (
+        *("rope-head-size", {"model.head_dim": 7}, 1),
+        "model.head_dim=7: found heads of size 7, expected an even size: rope rotates pairs. "
+        "Fix: choose an even head size, or model.position=learned",
+    ),
+    (
+        *("grouped-query", {"model.kv_heads": 3}, 1),
+        "model.heads=8: found 8 % 3 = 2, expected a multiple of model.kv_heads=3. Fix: change model.kv_heads",
+    ),
+    (
+        *("moe-top-k", {"model.moe.experts": 2, "model.moe.top_k": 3}, 1),
+        "model.moe.top_k=3: found 3, expected at most model.moe.experts=2. Fix: model.moe.top_k=2 or less",
+    ),
+    (
+        *("moe-off", {"model.moe.shared_ffn": 64}, 1),
+        "model.moe.shared_ffn=64: found a model without experts, expected experts. "
+        "Fix: set model.moe.experts, or leave model.moe.shared_ffn out",
+    ),
+    (
+        *("moe-bias", {"model.moe.experts": 4, "model.bias": True}, 1),
+        "model.bias=true: found a model with experts, expected model.bias=false: Megatron does not train "
+        "experts with biases. Fix: model.bias=false",
+    ),
+    (
+        *("run-place", {"run.name": ""}, 1),
+        "run.name=: found nothing, expected a name, under which the run is kept. Fix: give run.name a name",
+    ),
+    (
+        *("ranks", {"parallel.tensor": 2, "parallel.pipeline": 2}, 6),
+        "launch.ranks=6: found 6 ranks, expected a multiple of tensor 2 x pipeline 2 x context 1 = 4. "
+        "Fix: run 8 ranks, or lower one of parallel.tensor, parallel.pipeline, parallel.context",
+    ),
+    (
+        *("launcher", {"launch.ranks": 4}, 2),
+        "launch.ranks=4: found 2 ranks started by torchrun or srun, expected the same number. "
+        "Fix: leave launch.ranks out, or have 4 ranks started",
+    ),
+    (
+        *("heads-by-tensor", {"parallel.tensor": 3, "model.kv_heads": 1, "model.vocab_multiple": 96}, 3),
+        "model.heads=8: found 8 % 3 = 2, expected a multiple of parallel.tensor=3. Fix: change "
+        "parallel.tensor",
+    ),
+    (
+        *(
+            "kv-heads-by-tensor",
+            {"parallel.tensor": 4, "model.heads": 24, "model.kv_heads": 6, "model.hidden": 96},
+            4,
+        ),
+        "model.kv_heads=6: found 6, expected a multiple or a divisor of parallel.tensor=4. "
+        "Fix: change model.kv_heads or parallel.tensor",
+    ),
+    (
+        *("ffn-by-tensor", {"parallel.tensor": 2, "model.ffn": 97}, 2),
+        "model.ffn=97: found 97 % 2 = 1, expected a multiple of parallel.tensor=2. "
+        "Fix: change it or parallel.tensor",
+    ),
+    (
+        *("vocab-by-tensor", {"parallel.tensor": 4, "model.vocab_multiple": 2, "model.vocab": 1002}, 4),
+        "model.vocab_multiple=2: found a vocabulary padded to 1002, expected a multiple of "
+        "parallel.tensor=4. "
+        "Fix: model.vocab_multiple=4",
+    ),
+    (
+        *("layers-by-pipeline", {"parallel.pipeline": 2, "parallel.virtual_pipeline": 3}, 2),
+        "model.layers=8: found 8 % 6 = 2, expected a multiple of parallel.pipeline=2 x "
+        "parallel.virtual_pipeline=3. Fix: change one of them",
+    ),
+    (
+        *("interleaving", {"parallel.virtual_pipeline": 2}, 1),
+        "parallel.virtual_pipeline=2: found parallel.pipeline=1, expected at least 2 pipeline stages. "
+        "Fix: parallel.virtual_pipeline=1, or more pipeline stages",
+    ),
+    (
+        "interleaved-micro-batches",
+        {
+            "parallel.pipeline": 4,
+            "parallel.virtual_pipeline": 2,
+            "train.global_batch": 12,
+            "train.micro_batch": 2,
+        },
+        4,
+        "train.global_batch=12: found 6 micro-batches, expected a multiple of parallel.pipeline=4: "
+        "the interleaved schedule needs it. Fix: train.global_batch=16, or parallel.virtual_pipeline=1",
+    ),
+    (
+        *("sequence-parallel", {"parallel.sequence": True}, 1),
+        "parallel.sequence=true: found parallel.tensor=1, expected parallel.tensor of 2 or more, "
+        "over which to split sequences. Fix: parallel.sequence=false, or parallel.tensor=2 or more",
+    ),
+    (
+        *("sequence-length", {"parallel.tensor": 2, "parallel.sequence": True, "model.seq_len": 33}, 2),
+        "model.seq_len=33: found 33, expected a multiple of 2, to be split over "
+        "parallel.tensor=2 (parallel.sequence). Fix: model.seq_len=34",
+    ),
+    (
+        *("sequence-length", {"parallel.context": 4, "model.seq_len": 36}, 4),
+        "model.seq_len=36: found 36, expected a multiple of 8, to be split over "
+        "parallel.context=4 (allgather). Fix: model.seq_len=40",
+    ),
+    (
+        "ulysses-heads",
+        {"parallel.context": 2, "parallel.tensor": 4, "parallel.context_method": ContextMethod.ulysses},
+        8,
+        "model.kv_heads=4: found 1 a tensor rank, expected a multiple of parallel.context=2: ulysses splits "
+        "heads. Fix: parallel.context_method=allgather, or a smaller parallel.context",
+    ),
+    (
+        *("expert-without-moe", {"parallel.expert": 2}, 2),
+        "parallel.expert=2: found a model without experts, expected experts to spread. "
+        "Fix: parallel.expert=1, or a model with model.moe.experts",
+    ),
+    (
+        *("experts-by-expert", {"parallel.expert": 4, "model.moe.experts": 6}, 4),
+        "model.moe.experts=6: found 6 % 4 = 2, expected a multiple of parallel.expert=4. "
+        "Fix: change parallel.expert",
+    ),
+    (
+        *("expert-ranks", {"parallel.expert": 4, "model.moe.experts": 4, "parallel.pipeline": 2}, 4),
+        "parallel.expert=4: found 4, expected a divisor of the 2 ranks of a pipeline stage. "
+        "Fix: change it or the ranks",
+    ),
+    (
+        *("moe-tensor-sequence", {"parallel.tensor": 2, "model.moe.experts": 4}, 2),
+        "parallel.sequence=false: found parallel.tensor=2 with experts, expected sequence parallelism: "
+        "Megatron does not train experts on a tensor axis without it. Fix: parallel.sequence=true",
+    ),
+    (
+        "overlap-param-gather",
+        {"engine.overlap_param_gather": True, "engine.overlap_grad_reduce": False},
+        1,
+        "engine.overlap_param_gather=true: found engine.overlap_grad_reduce=false, expected "
+        "engine.overlap_grad_reduce=true. Fix: engine.overlap_grad_reduce=true, or "
+        "engine.overlap_param_gather=false",
+    ),
+    (
+        *("global-batch", {"train.global_batch": 10, "train.micro_batch": 2}, 4),
+        "train.global_batch=10: found 10 sequences, expected a multiple of train.micro_batch=2 x "
+        "4 data parallel ranks. Fix: train.global_batch=16, or another train.micro_batch",
+    ),
+    (
+        "global-batch",
+        {"train.batch_ramp.start": 4, "train.batch_ramp.increment": 2, "train.batch_ramp.samples": 9}
+        | {"train.micro_batch": 4},
+        1,
+        "train.batch_ramp.increment=2: found 2 sequences, expected a multiple of train.micro_batch=4 x "
+        "1 data parallel ranks. Fix: train.batch_ramp.increment=4, or another train.micro_batch",
+    ),
+    (
+        *("batch-ramp", {"train.batch_ramp.start": 4}, 1),
+        "train.batch_ramp.start=4: found no train.batch_ramp.increment, no train.batch_ramp.samples, "
+        "expected "
+        "start, increment and samples. Fix: set train.batch_ramp.increment and train.batch_ramp.samples, "
+        "or none "
+        "of the three",
+    ),
+    (
+        "batch-ramp",
+        {"train.batch_ramp.start": 3, "train.batch_ramp.increment": 2, "train.batch_ramp.samples": 9},
+        1,
+        "train.batch_ramp.start=3: found 3 plus steps of 2, expected to arrive at train.global_batch=8. "
+        "Fix: choose start + n x increment = train.global_batch",
+    ),
+    (
+        *("run-length", {"train.steps": None}, 1),
+        "train.steps, train.tokens: found neither, expected exactly one of them. Fix: add "
+        "train.steps=1000, say",
+    ),
+    (
+        *("run-length", {"train.tokens": 10}, 1),
+        "train.steps, train.tokens: found both, expected exactly one of them. Fix: set one of them to null",
+    ),
+    (
+        *("schedule-length", {"schedule.warmup": 101.0}, 1),
+        "schedule.warmup=101: found 101 steps of warm-up, expected no more than the run's 100 steps. "
+        "Fix: shorten them, or give them as shares of the run (below 1)",
+    ),
+    (
+        "schedule-length",
+        # 40 steps of 8 sequences of 32 tokens.
+        {"train.steps": None, "train.tokens": 40 * 8 * 32, "schedule.kind": ScheduleKind.wsd}
+        | {"schedule.warmup": 21.0, "schedule.decay": 0.5},
+        1,
+        "schedule.warmup=21 schedule.decay=0.5: found 21 steps of warm-up and 20 steps of decay, expected "
+        "no more "
+        "than the run's 40 steps. Fix: shorten them, or give them as shares of the run (below 1)",
+    ),
+    (
+        # A warm-up is at least one step.
+        "schedule-length",
+        {"schedule.kind": ScheduleKind.wsd, "schedule.warmup": 0.0, "schedule.decay": 100.0},
+        1,
+        "schedule.warmup=0 schedule.decay=100: found 1 steps of warm-up and 100 steps of decay, expected no "
+        "more than the run's 100 steps. Fix: shorten them, or give them as shares of the run (below 1)",
+    ),
+    (
+        *("whole-steps", {"schedule.warmup": 2.5}, 1),
+        "schedule.warmup=2.5: found 2.5, expected a share of the run (below 1) or whole steps. "
+        "Fix: schedule.warmup=2",
+    ),
+    (
+        *("eval-samples", {"eval.every": 5, "eval.samples": 0}, 1),
+        "eval.every=5: found eval.samples=0, expected samples to evaluate on. Fix: eval.samples=64, or "
+        "eval.every=0",
+    ),
+    (
+        *("vocab-of-tokenizer", {"model.vocab": 999}, 1),
+        "model.vocab=999: found 999, expected the 1000 of the tokenizer in data.path=corpus, or a little "
+        "more. "
+        "Fix: model.vocab=null takes the tokenizer's",
+    ),
+    (
+        *("vocab-of-tokenizer", {"model.vocab": 1024 + 1024 + 1}, 1),
+        "model.vocab=2049: found 2049, expected the 1000 of the tokenizer in data.path=corpus, or a little "
+        "more. "
+        "Fix: model.vocab=null takes the tokenizer's",
+    ),
+    (
+        *("mixture-domains", {"data.mixture": {"book": 1.0}}, 1),
+        "data.mixture.book=1: found book, expected a domain of data.path=corpus: books, code. "
+        "Fix: did you mean data.mixture.books?",
+    ),
+    (
+        *("mixture-weights", {"data.mixture": {"books": 1.0, "code": -1.0}}, 1),
+        "data.mixture.code=-1: found -1, expected 0 or more. Fix: give it a weight of 0 or more",
+    ),
+    (
+        *("mixture-weights", {"data.mixture": {"books": 1e308, "code": 1e308}}, 1),
+        "data.mixture: found weights too large to add up, expected numbers like shares. Fix: scale them down",
+    ),
+    (
+        *("mixture-weights", {"data.mixture": {"books": 0.0}}, 1),
+        "data.mixture: found no weight above 0, expected at least one. "
+        "Fix: give a domain a weight above 0, or data.mixture=null for weights by tokens",
+    ),
+    (
+        *("domain-length", {"model.seq_len": 900}, 1),
+        "data.path=corpus: found 900 tokens in domain code, expected at least model.seq_len + 1 = 901 in "
+        "each "
+        "domain that is read. Fix: data.mixture without code, more text in it, or a smaller model.seq_len",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "ranks", "line"), BROKEN, ids=[f"{b[0]}-{i}" for i, b in enumerate(BROKEN)]
+)
+def test_a_broken_rule_gives_its_line_and_no_other_rule_speaks(
+    rule: str, changes: dict[str, Any], ranks: int, line: str
+):
+    assert violations(changes, ranks) == [f"[{rule}] {line}"]
+
+
+# Rules whose message needs a corpus on disk have their own tests below.
+TESTED = {broken[0] for broken in BROKEN} | {"corpus"}
+
+
+@pytest.mark.parametrize("rule", [rule.id for rule in RULES])
+def test_every_rule_of_the_table_has_a_test(rule: str):
+    assert rule in TESTED
+
+
+def test_rule_ids_are_unique():
+    ids = [rule.id for rule in RULES]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_base_of_these_tests_breaks_no_rule():
+    assert violations({}) == []
+    assert violations({}, corpus=None) == []
+
+
+# Layouts that a too eager rule would refuse.
+VALID: list[tuple[dict[str, Any], int]] = [
+    ({"launch.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2}, 4),
+    ({"parallel.tensor": 8}, 8),  # more tensor ranks than key-value heads: each head is held twice
+    ({"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}, 4),
+    ({"parallel.context": 4, "parallel.context_method": ContextMethod.ulysses, "model.seq_len": 36}, 4),
+    ({"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}, 2),
+    (
+        {"parallel.pipeline": 4, "train.global_batch": 3},
+        4,
+    ),  # fewer micro-batches than stages: slow, not wrong
+    ({"model.moe.experts": 4, "parallel.expert": 2, "parallel.tensor": 2, "parallel.sequence": True}, 2),
+    # Experts are not split over tensor ranks; only dense layers and the shared expert are.
+    ({"model.moe.experts": 4, "model.ffn": 97, "parallel.tensor": 2, "parallel.sequence": True}, 2),
+    ({"model.head_dim": 6}, 1),
+    ({"model.head_dim": 7, "model.position": Position.learned}, 1),
+    ({"train.batch_ramp.start": 2, "train.batch_ramp.increment": 2, "train.batch_ramp.samples": 50}, 2),
+    ({"train.steps": None, "train.tokens": 1_000_000}, 1),
+    ({"schedule.warmup": 0.0}, 1),
+    ({"schedule.warmup": 100.0}, 1),
+    ({"optim.clip": 0.0, "optim.weight_decay": 0.0}, 1),
+    ({"data.mixture": {"books": 2.0}, "model.seq_len": 1024}, 1),  # code is too short, and not read
+    ({"model.vocab": 1000}, 1),
+    ({"model.vocab": 2048}, 1),
+    ({"checkpoint": CheckpointConfig(every=10)}, 1),
+]
+
+
+@pytest.mark.parametrize(("changes", "ranks"), VALID)
+def test_valid_layouts_pass(changes: dict[str, Any], ranks: int):
+    assert violations(changes, ranks) == []
+
+
+def test_moe_layers_leave_dense_layers_to_divide():
+    changes = {"model.moe.experts": 4, "model.moe.every": 2, "model.ffn": 97}
+    parallel = {"parallel.tensor": 2, "parallel.sequence": True}
+    assert [line.split()[0] for line in violations(changes | parallel, 2)] == ["[ffn-by-tensor]"]
+    shared = {"model.moe.experts": 4, "model.moe.shared_ffn": 33}
+    assert violations(shared | parallel, 2) == [
+        "[ffn-by-tensor] model.moe.shared_ffn=33: found 33 % 2 = 1, expected a multiple of "
+        "parallel.tensor=2. "
+        "Fix: change it or parallel.tensor"
+    ]
+
+
+def test_every_level_of_a_batch_ramp_must_suit_interleaving():
+    ramp = {"train.batch_ramp.start": 3, "train.batch_ramp.increment": 1, "train.batch_ramp.samples": 50}
+    layout = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
+    assert [line.partition(":")[0] for line in violations(ramp | layout, 2)] == [
+        "[interleaved-micro-batches] train.batch_ramp.start=3",
+        "[interleaved-micro-batches] train.batch_ramp.increment=1",
+    ]
+
+
+def test_all_violations_come_together():
+    found = violations({"optim.lr": -1.0, "parallel.tensor": 3, "train.steps": None, "eval.every": 1}, 4)
+    ids = [line.split("]")[0].strip("[") for line in found]
+    assert ids == ["range", "ranks", "heads-by-tensor", "kv-heads-by-tensor", "vocab-by-tensor", "run-length"]
+
+
+def test_sizes_are_compared_only_when_each_is_valid():
+    found = violations({"model.heads": 0, "parallel.tensor": 3, "optim.lr": -1.0}, 4)
+    assert [line.split()[0] for line in found] == ["[size]", "[range]"]
+
+
+def manifest(path: Path, content: Any) -> RunConfig:
+    (path / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return change(BASE, {"data.path": str(path)})
+
+
+def test_facts_come_from_the_manifest(tmp_path: Path):
+    domains = [
+        {"name": name, "splits": {"train": {"tokens": tokens}, "valid": {"tokens": 1}}}
+        for name, tokens in (("web", 70), ("code", 30))
+    ]
+    config = manifest(tmp_path, {"tokenizer": {"vocab_size": 512}, "domains": domains})
+    facts = corpus_facts(config)
+    assert facts == CorpusFacts(str(tmp_path), 512, {"web": 70, "code": 30})
+    check_all(change(config, {"model.seq_len": 16}), ranks=1, corpus=facts)
+
+
+def test_the_manifest_the_data_pipeline_writes_has_the_facts(tmp_path: Path):
+    import numpy as np
+
+    from megafab.data.format import Corpus, ShardWriter, split_entry, write_manifest
+
+    splits: dict[str, Any] = {}
+    for split, documents in (("train", 50), ("valid", 2)):
+        writer = ShardWriter(tmp_path, f"{split}/web-00000", np.dtype(np.uint16))
+        for _ in range(documents):
+            writer.append([1, 2, 3, 0])
+        splits[split] = split_entry([writer.close()], text_bytes=10)
+    tokenizer = {"vocab_size": 512, "eod": 0, "fingerprint": "x"}
+    write_manifest(tmp_path, {"tokenizer": tokenizer, "domains": [{"name": "web", "splits": splits}]})
+    corpus = Corpus.open(tmp_path)
+    facts = corpus_facts(change(BASE, {"data.path": str(tmp_path)}))
+    assert facts == CorpusFacts(str(tmp_path), corpus.vocab_size, {"web": corpus.tokens("train")[0]})
+    assert facts.tokens == {"web": 200}
+
+
+def lines(config: RunConfig) -> list[str]:
+    with pytest.raises(RuleErrors) as caught:
+        check_all(config, ranks=1, corpus=corpus_facts(config))
+    return str(caught.value).splitlines()
+
+
+def test_a_missing_corpus_is_one_line_among_the_others(tmp_path: Path):
+    path = str(tmp_path / "nothing")
+    expected = (
+        f"[corpus] data.path={path}: found no such directory, expected a directory with manifest.json. "
+        f"Fix: make one: megafab data out={path} sources={{...}}; or give data.path another directory"
+    )
+    found = lines(change(BASE, {"data.path": path, "optim.lr": 0.0}))
+    assert found == [
+        "[range] optim.lr=0: found 0, expected more than 0. Fix: give optim.lr a value more than 0",
+        expected,
+    ]
+    assert "found no manifest.json in it" in lines(change(BASE, {"data.path": str(tmp_path)}))[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"domains": [{}], "tokenizer": {"vocab_size": 3}}'])
+def test_a_manifest_of_another_kind_is_the_users_error(tmp_path: Path, content: str):
+    (found,) = lines(manifest(tmp_path, content))
+    assert found.startswith(f"[corpus] data.path={tmp_path}: found a manifest.json that cannot be read (")
+
+
+def test_a_corpus_without_tokens_is_refused(tmp_path: Path):
+    domains = [{"name": "web", "splits": {"train": {"tokens": 0}}}]
+    (found,) = lines(manifest(tmp_path, {"tokenizer": {"vocab_size": 512}, "domains": domains}))
+    assert found.startswith(f"[domain-length] data.path={tmp_path}: found no training tokens, expected some.")

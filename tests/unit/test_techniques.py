@@ -1,0 +1,198 @@
+"""z-loss and EMA against numbers made by hand and against plain softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megafab.checkpoint.pieces import LogicalTensor, whole
+from megafab.loss.ledger import LossLedger
+from megafab.loss.terms import LossTerms
+from megafab.run import Batch, StepOutcome, StepPlan, Verdict
+from megafab.techniques.config import EMAConfig, ZLossConfig
+from megafab.techniques.ema import EMA
+from megafab.techniques.z_loss import ZLoss
+from megafab.topology.layout import Layout
+
+
+def batch(rows: int, length: int) -> Batch:
+    whole = torch.zeros(rows, length, dtype=torch.int64)
+    one = torch.zeros(rows, dtype=torch.int64)
+    return Batch(whole, whole, torch.ones(rows, length), whole, whole, one, one)
+
+
+def terms_of(logits_LBV: Tensor, group=None) -> LossTerms:
+    length, rows, _ = logits_LBV.shape
+    return LossTerms(
+        nll_BL=torch.zeros(rows, length),
+        logits_LBV=logits_LBV,
+        mask_BL=torch.ones(rows, length),
+        domain_B=torch.zeros(rows, dtype=torch.int64),
+        tensor_group=group,
+    )
+
+
+def test_z_loss_by_hand() -> None:
+    # Z = 1 + 2 + 3 + 4 = 10 and Z = 2 + 2 + 2 + 2 = 8.
+    logits_LBV = torch.tensor([[[1.0, 2, 3, 4]], [[2, 2, 2, 2]]]).log()
+    terms = terms_of(logits_LBV)
+    ZLoss(ZLossConfig(weight=0.01), 1).on_loss(terms, batch(1, 2))
+    want = [0.01 * math.log(10) ** 2, 0.01 * math.log(8) ** 2]
+    assert terms.values()["z_loss"][0].tolist() == pytest.approx(want)
+    assert terms.total().item() == pytest.approx(sum(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_z_loss_gradient_is_that_of_a_plain_softmax(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_LBV = (4 * torch.randn(5, 3, 32, generator=generator)).to(dtype).requires_grad_()
+    terms = terms_of(logits_LBV)
+    ZLoss(ZLossConfig(weight=0.5), 1).on_loss(terms, batch(3, 5))
+    (gradient,) = torch.autograd.grad(terms.total(), logits_LBV)
+    plain = logits_LBV.detach().double()
+    log_z = plain.exp().sum(-1).log()
+    want = 0.5 * 2 * log_z.unsqueeze(-1) * plain.softmax(-1)  # d/dx of 0.5 * log(Z)^2
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(
+        gradient.double(), want, rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-6
+    )
+
+
+def test_z_loss_of_huge_logits_is_finite() -> None:
+    terms = terms_of(torch.full((1, 1, 4), 300.0))
+    ZLoss(ZLossConfig(weight=1.0), 1).on_loss(terms, batch(1, 1))
+    assert terms.total().item() == pytest.approx((300 + math.log(4)) ** 2)
+
+
+def _split_z_loss(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+    import torch.distributed as dist
+
+    logits_LBV = 5 * torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(7))
+    share = 16 // world
+    mine = logits_LBV[..., rank * share : (rank + 1) * share].clone().requires_grad_()
+    terms = terms_of(mine, dist.group.WORLD)
+    ZLoss(ZLossConfig(weight=0.1), 1).on_loss(terms, batch(3, 4))
+    total = terms.total()
+    total.backward()
+    assert mine.grad is not None
+    return total.detach(), terms.values()["z_loss"].detach(), mine.grad
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("world", [2, 4])
+def test_z_loss_over_a_split_vocabulary(ranks, world: int) -> None:
+    logits_LBV = 5 * torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(7))
+    logits_LBV.requires_grad_()
+    terms = terms_of(logits_LBV)
+    ZLoss(ZLossConfig(weight=0.1), 1).on_loss(terms, batch(3, 4))
+    terms.total().backward()
+    parts = ranks.run(_split_z_loss, world=world)
+    assert all(torch.equal(part[1], parts[0][1]) for part in parts), "the same term on every rank"
+    torch.testing.assert_close(parts[0][1], terms.values()["z_loss"].detach())
+    torch.testing.assert_close(torch.cat([part[2] for part in parts], dim=-1), logits_LBV.grad)
+
+
+class Masters:
+    """A WeightEditor over plain tensors, whose model copies are bf16."""
+
+    def __init__(self, **masters: list[float]) -> None:
+        self._masters = {name: torch.tensor(values) for name, values in masters.items()}
+        self.copies: dict[str, Tensor] = {}
+        self.commit()
+
+    def names(self) -> Sequence[str]:
+        return list(self._masters)
+
+    def master(self, name: str) -> Tensor:
+        return self._masters[name]
+
+    def describe(self, name: str, value: Tensor) -> LogicalTensor:
+        return whole(value, Layout.whole(tuple(value.shape)), owner=True)
+
+    def commit(self) -> None:
+        self.copies = {name: master.bfloat16() for name, master in self._masters.items()}
+
+
+def step(technique: EMA, weights: Masters, number: int, applied: bool = True) -> None:
+    plan = StepPlan(number, 1.0, 0.0, 1, 1, 1, 1, (1.0,))
+    ledger = LossLedger(("d",), (), device=torch.device("cpu"), sum_ranks=lambda sums: sums)
+    technique.on_step(plan, StepOutcome(applied, Verdict(), 1.0), ledger, weights)
+
+
+def averages(technique: EMA, weights: Masters) -> dict[str, list[float]]:
+    return {n: t.pieces[0].tensor.tolist() for n, t in technique.sharded_state(weights).items()}
+
+
+def test_ema_by_hand() -> None:
+    weights = Masters(a=[0.0, 8.0], b=[-1.0])
+    ema = EMA(EMAConfig(decay=0.75), 1)
+    for number, a in enumerate(([4.0, 0.0], [8.0, 4.0], [0.0, 0.0])):
+        weights.master("a").copy_(torch.tensor(a))
+        step(ema, weights, number)
+    # a: [4, 0]; 0.75 * [4, 0] + 0.25 * [8, 4] = [5, 1]; 0.75 * [5, 1] = [3.75, 0.75]
+    assert averages(ema, weights) == {"a": [3.75, 0.75], "b": [-1.0]}
+    assert ema.state_dict() == {"updates": 3}
+
+
+def test_ema_leaves_out_skipped_steps_and_those_between() -> None:
+    weights = Masters(a=[1.0])
+    ema = EMA(EMAConfig(decay=0.5, every=2), 1)
+    for number, (value, applied) in enumerate(
+        [(9.0, True), (2.0, True), (9.0, True), (9.0, False), (9.0, True), (4.0, True)]
+    ):
+        weights.master("a").fill_(value)
+        step(ema, weights, number, applied)
+    assert averages(ema, weights) == {"a": [3.0]}  # after steps 2 and 6: 2, then (2 + 4) / 2
+
+
+def test_ema_is_evaluated_and_every_bit_comes_back() -> None:
+    weights = Masters(a=torch.randn(64, generator=torch.Generator().manual_seed(0)).tolist())
+    ema = EMA(EMAConfig(decay=0.9), 1)
+    for number in range(3):
+        weights.master("a").mul_(1.1)
+        step(ema, weights, number)
+    weights.commit()
+    before, copy, average = weights.master("a").clone(), weights.copies["a"], averages(ema, weights)["a"]
+    ema.on_eval(True, weights)
+    assert weights.master("a").tolist() == average
+    assert torch.equal(weights.copies["a"], torch.tensor(average).bfloat16())
+    ema.on_eval(False, weights)
+    assert torch.equal(weights.master("a"), before)
+    assert torch.equal(weights.copies["a"], copy)
+    assert averages(ema, weights)["a"] == average
+
+
+@pytest.mark.parametrize("config", [EMAConfig(evaluate=False), EMAConfig(every=5)])
+def test_ema_evaluates_the_weights_themselves_when_told_or_before_it_began(config: EMAConfig) -> None:
+    weights = Masters(a=[1.0, 2.0])
+    ema = EMA(config, 1)
+    step(ema, weights, 0)
+    weights.master("a").mul_(2)
+    ema.on_eval(True, weights)
+    assert weights.master("a").tolist() == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 3])
+def test_ema_resumes_exactly(saved_after: int) -> None:
+    def advance(technique: EMA, weights: Masters, start: int, stop: int) -> None:
+        for number in range(start, stop):
+            weights.master("a").mul_(1.3).add_(0.1 * number)
+            step(technique, weights, number)
+
+    config = EMAConfig(decay=0.7)
+    weights, whole_run = Masters(a=[0.3, -0.7]), EMA(config, 1)
+    advance(whole_run, weights, 0, 6)
+
+    first_weights, first = Masters(a=[0.3, -0.7]), EMA(config, 1)
+    advance(first, first_weights, 0, saved_after)
+    tensors, state = averages(first, first_weights), first.state_dict()
+    second_weights, second = Masters(a=first_weights.master("a").tolist()), EMA(config, 1)
+    for name, tensor in second.sharded_state(second_weights).items():
+        tensor.pieces[0].tensor.copy_(torch.tensor(tensors[name]))
+    second.load_state_dict(state)
+    advance(second, second_weights, saved_after, 6)
+    assert averages(second, second_weights) == averages(whole_run, weights)

@@ -1,0 +1,302 @@
+"""What `fit` does, call by call. Its parts are stand-ins that write down their calls: the page is tested."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megafab.train
+from megafab.errors import UserError
+from megafab.loss.ledger import LossLedger
+from megafab.loss.terms import LossTerms
+from megafab.run import Action, Cadence, GradStats, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
+from megafab.train import evaluate, fit
+
+
+class Diary:
+    """A stand-in for every part of a run: notes each call, and answers as told."""
+
+    def __init__(
+        self, steps: int, *, start: int = 0, signal_at: int = 0, bad: frozenset[int] = frozenset()
+    ) -> None:
+        self.calls: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+        self.steps, self.progress, self.signal_at, self.bad = steps, Progress(start), signal_at, bad
+        self.name, self.capabilities = "SIGTERM", frozenset[str]()
+        self.asked = 0
+
+    def note(self, what: str) -> None:
+        self.calls.append(what)
+
+    # checkpoints, telemetry, signals
+    def restore(self) -> Progress:
+        self.note("restore")
+        return self.progress
+
+    def save(self, progress: Progress) -> None:
+        self.note(f"save {progress.step}")
+
+    def start(self, progress: Progress) -> None:
+        self.note(f"start {progress.step}")
+
+    def begin(self, step: int) -> None:
+        self.note(f"begin {step}")
+
+    def due(self, step: int) -> bool:
+        return step % 2 == 0 or step == self.steps
+
+    def record(self, **row: Any) -> None:
+        self.note(f"record {row['progress'].step}")
+        self.rows.append(row)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def close(self) -> None:
+        self.note("close")
+
+    @contextlib.contextmanager
+    def timers(self, part: str) -> Iterator[None]:
+        self.note(f"[{part}")
+        yield
+        self.note("]")
+
+    def __enter__(self) -> Diary:
+        self.note("listen")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.note("deaf")
+
+    def leave(self) -> bool:
+        self.asked += 1
+        return self.asked == self.signal_at
+
+    # schedules, loader, bus
+    def remaining(self, progress: Progress) -> int:
+        return self.steps - progress.step
+
+    def at(self, progress: Progress) -> StepPlan:
+        self.note("schedules.at")
+        return StepPlan(progress.step, 0.1, 0.0, 2, 2, 1, 4, (0.25, 0.75))
+
+    def schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
+        self.note("bus.schedule")
+        return plan
+
+    def take(self, plan: StepPlan) -> str:
+        self.note("take")
+        return "rows"
+
+    def batch(self, batch: str, plan: StepPlan) -> str:
+        self.note(f"bus.batch({batch})")
+        return "changed rows"
+
+    def loss(self, terms: Any, batch: Any) -> None:
+        self.note("bus.loss")
+
+    def gradients(self, stats: GradStats, ledger: LossLedger) -> Verdict:
+        self.note("bus.gradients")
+        return Verdict() if stats.finite else Verdict(Action.SKIP, reason="the norm is nan")
+
+    def step(self, plan: StepPlan, outcome: StepOutcome, ledger: LossLedger, weights: Any) -> None:
+        self.note("bus.step")
+
+    def eval(self, entering: bool, weights: Any) -> None:
+        self.note(f"bus.eval({entering})")
+
+    def metrics(self, report: Any) -> dict[str, dict[str, float]]:
+        return {"a_technique": {"x": 1.0}}
+
+    # engine
+    def weights(self) -> str:
+        return "weights"
+
+    def forward_backward(self, batch: Any, plan: StepPlan, loss: Any) -> LossLedger:
+        self.note(f"forward_backward({batch})")
+        assert loss == self.loss
+        return _ledger(3.0, 0)
+
+    def gradient_stats(self) -> GradStats:
+        self.note("gradient_stats")
+        return GradStats(1.0, self.calls.count("gradient_stats") not in self.bad)
+
+    def update(self, plan: StepPlan, verdict: Verdict, stats: GradStats) -> StepOutcome:
+        self.note("update")
+        return StepOutcome(verdict.action is not Action.SKIP, verdict, stats.norm)
+
+    def evaluate(self, batch: Any, micro_batch: int, loss: Any) -> LossLedger:
+        self.note(f"evaluate({batch}, {micro_batch})")
+        return _ledger(2.0, 0) if batch == "books" else _ledger(4.0, 1)
+
+
+def _ledger(nll: float, domain: int) -> LossLedger:
+    ledger = LossLedger(("books", "code"), (), device=torch.device("cpu"), sum_ranks=lambda sums: sums)
+    value_BL = torch.full((2, 4), nll)
+    ledger.record(
+        LossTerms(
+            nll_BL=value_BL,
+            logits_LBV=torch.zeros(4, 2, 3),
+            mask_BL=torch.ones(2, 4),
+            domain_B=torch.full((2,), domain),
+        )
+    )
+    return ledger
+
+
+def run_of(diary: Diary, **cadence: Any) -> Run:
+    settings = {"eval_every": 0, "evaluate": False, "save_every": 0, "save_last": False, "max_skipped": 2}
+    part: Any = diary
+    return Run(
+        engine=part,
+        loader=part,
+        schedules=part,
+        bus=part,
+        telemetry=part,
+        checkpoints=part,
+        validation=Validation(("books", "code"), 2),  # type: ignore[arg-type]
+        signals=part,
+        cadence=Cadence(**{**settings, **cadence}),
+    )
+
+
+STEP = [
+    "schedules.at",
+    "bus.schedule",
+    "[data",
+    "take",
+    "bus.batch(rows)",
+    "]",
+    "[forward_backward",
+    "forward_backward(changed rows)",
+    "]",
+    "[gradients",
+    "gradient_stats",
+    "bus.gradients",
+    "]",
+    "[update",
+    "update",
+    "bus.step",
+    "]",
+]
+EVALUATE = [
+    "[evaluate",
+    "bus.eval(True)",
+    "evaluate(books, 2)",
+    "evaluate(code, 2)",
+    "bus.eval(False)",
+    "]",
+]
+
+
+def save(step: int) -> list[str]:
+    return ["[checkpoint", f"save {step}", "]"]
+
+
+def test_a_run_call_by_call() -> None:
+    diary = Diary(3)
+    progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
+    assert diary.calls == [
+        *("restore", "start 0", "listen"),
+        *("begin 1", *STEP),
+        *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
+        *("begin 3", *STEP, *EVALUATE, "record 3", *save(3)),
+        *("deaf", "close", "close"),  # loader and telemetry
+    ]
+    assert progress == Progress(step=3, samples=6, tokens=24)
+
+
+def test_a_row_has_the_steps_numbers() -> None:
+    diary = Diary(1)
+    fit(run_of(diary, evaluate=True))
+    (row,) = diary.rows
+    assert (row["loss"], row["domain_loss"]) == (3.0, {"books": 3.0})
+    assert row["domain_weight"] == {"books": 0.25, "code": 0.75}
+    assert row["valid"] == {"loss": 3.0, "domain_loss": {"books": 2.0, "code": 4.0}}
+    assert row["extra"] == {"a_technique": {"x": 1.0}}
+
+
+def test_a_run_goes_on_where_it_was() -> None:
+    diary = Diary(3, start=2)
+    assert fit(run_of(diary)).step == 3
+    assert diary.calls.count("update") == 1
+
+
+def test_a_finished_run_does_nothing() -> None:
+    diary = Diary(3, start=3)
+    assert fit(run_of(diary, save_last=True, evaluate=True)).step == 3
+    assert diary.calls == ["restore", "start 3", "listen", "deaf", "close", "close"]
+    assert diary.messages == [
+        "nothing left to do: step 3 reaches train.steps or train.tokens; raise it to go on"
+    ]
+
+
+def test_a_signal_saves_and_leaves_without_an_evaluation() -> None:
+    diary = Diary(10, signal_at=4)
+    assert fit(run_of(diary, eval_every=4, evaluate=True)).step == 4
+    assert diary.calls[-7:] == ["record 4", *save(4), "deaf", "close", "close"]
+    assert diary.messages == ["SIGTERM: saved after step 4; run the same command to go on"]
+
+
+def test_a_signal_in_the_last_step_ends_as_ever() -> None:
+    diary = Diary(2, signal_at=2)
+    fit(run_of(diary, evaluate=True, save_last=True))
+    assert diary.calls[-13:] == [*EVALUATE, "record 2", *save(2), "deaf", "close", "close"]
+    assert diary.messages == []
+
+
+def test_discarded_updates_are_told_and_few_are_survived() -> None:
+    diary = Diary(5, bad=frozenset({2, 4}))
+    progress = fit(run_of(diary))
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (5, 2, 0)
+    assert diary.messages == [f"step {n}: update discarded, the norm is nan" for n in (2, 4)]
+
+
+def test_too_many_in_a_row_end_the_run() -> None:
+    diary = Diary(9, bad=frozenset({2, 3, 4, 5}))
+    with pytest.raises(
+        UserError, match=r"train\.max_skipped=2: .*last 2 updates discarded, up to step 3.*Fix: lower"
+    ):
+        fit(run_of(diary, save_every=9, save_last=True))
+    assert diary.calls[-3:] == ["deaf", "close", "close"]
+    assert not any(call.startswith("save") for call in diary.calls)
+
+
+def test_evaluate_alone() -> None:
+    diary = Diary(1)
+    assert evaluate(run_of(diary)).loss == 3.0
+    assert diary.calls == EVALUATE[1:-1]
+
+
+def test_cadence() -> None:
+    cadence = Cadence(eval_every=3, evaluate=True, save_every=2, save_last=False, max_skipped=1)
+    assert [s for s in range(1, 8) if cadence.evaluates(s, last=s == 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if cadence.saves(s, last=s == 7)] == [2, 4, 6]
+    at_the_end = Cadence(eval_every=0, evaluate=True, save_every=0, save_last=True, max_skipped=1)
+    assert [s for s in range(1, 8) if at_the_end.saves(s, last=s == 7)] == [7]
+    assert [s for s in range(1, 8) if at_the_end.evaluates(s, last=s == 7)] == [7]
+    never = Cadence(eval_every=1, evaluate=False, save_every=0, save_last=False, max_skipped=1)
+    assert not any(never.evaluates(s, last=True) for s in range(1, 4))
+
+
+def test_the_page_stays_a_page() -> None:
+    source = Path(megafab.train.__file__).read_text()
+    assert len(source.splitlines()) <= 150
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert {name for name in imported if name.startswith("megafab")} == {
+        "megafab.engine.base",
+        "megafab.errors",
+        "megafab.loss.ledger",
+        "megafab.run",
+    }
