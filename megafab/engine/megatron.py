@@ -8,42 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-import megatron.core.optimizer as core_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megafab.checkpoint.pieces import LogicalTensor, flat_slice
+from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.base import LossFunction, WeightEditor
 from megafab.engine.config import EngineConfig
 from megafab.engine.schedule import Schedule
+from megafab.engine.slices import MasterWeights, Slice, global_norm, is_owner
 from megafab.loss.ledger import LossLedger
 from megafab.model.gpt import GPT
 from megafab.model.plan import ModelPlan
 from megafab.model.tags import TaggedParameter, tag_all
+from megafab.optim import elementwise
 from megafab.optim.config import OptimConfig
 from megafab.run import Action, Batch, GradStats, StepOutcome, StepPlan, Verdict
 from megafab.techniques.base import Clock
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Slice:
-    """A data rank's range of one flattened parameter, with the optimizer's view of it."""
-
-    tagged: TaggedParameter
-    master: torch.Tensor  # fp32 [n], what Adam updates
-    start: int  # of the range in the flattened local parameter
-    state: dict[str, torch.Tensor]  # Adam's: step, exp_avg, exp_avg_sq
-    owner: bool  # whether this rank writes it to a checkpoint
-
-    def describe(self, value: torch.Tensor) -> LogicalTensor:
-        return flat_slice(value, self.start, self.tagged.layout, self.owner)
 
 
 class MegatronEngine:
@@ -76,16 +62,15 @@ class MegatronEngine:
         self._clip, self._clock, self._ledger = optim.clip, clock, ledger
         tagged = {id(t.parameter): t for t in tag_all(chunks, groups)}
         self._chunks = _wrap(chunks, plan, engine)
-        # Torch's fused AdamW whatever else is installed: one layout of state in checkpoints.
-        core_optimizer.USING_PYTORCH_OPTIMIZER = True
         self._optimizer = get_megatron_optimizer(
             _optimizer_config(optim, plan, engine),
             list[MegatronModule](self._chunks),
             use_gloo_process_groups=False,
         )
-        _prime(self._optimizer)
-        self._slices = {s.tagged.name: s for s in _slices(self._optimizer, tagged, groups)}
-        self._updates = 0
+        _replace_inner(self._optimizer, optim)
+        slices = _slices(self._optimizer, elementwise.MOMENTS[optim.name], tagged, groups)
+        self._masters = MasterWeights(slices, self._gather_weights)
+        self._groups, self._updates = groups, 0
         self._seed_dropout = groups.seed_dropout if plan.shape.config.dropout else None
         self._schedule = Schedule(self._chunks, plan.transformer, groups, context_method, clock)
 
@@ -103,7 +88,7 @@ class MegatronEngine:
     def gradient_stats(self) -> GradStats:
         """The global norm, which is finite exactly when every gradient of the job is."""
         self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
+        norm = global_norm(((s, _gradient(s)) for s in self._masters.slices.values()), self._groups)
         return GradStats(norm, math.isfinite(norm))
 
     def update(self, plan: StepPlan, verdict: Verdict, stats: GradStats) -> StepOutcome:
@@ -115,7 +100,7 @@ class MegatronEngine:
         if self._clip and norm * abs(scale) > self._clip:
             scale *= self._clip / (norm * abs(scale) + 1e-6)
         if scale != 1.0:
-            torch._foreach_mul_([s.master.grad for s in self._slices.values()], scale)  # pyright: ignore
+            torch._foreach_mul_([_gradient(s) for s in self._masters.slices.values()], scale)  # pyright: ignore
         for group in self._optimizer.param_groups:
             group["lr"] = plan.lr
             group["weight_decay"] = plan.weight_decay * group["wd_mult"]
@@ -131,48 +116,30 @@ class MegatronEngine:
             return self._schedule.run(batch, micro_batch, loss, self._ledger(), forward_only=True)
 
     def weights(self) -> WeightEditor:
-        """The master weights of this rank: the engine is its own editor."""
-        return self
-
-    def names(self) -> Sequence[str]:
-        """Global names of the parameters of which this rank holds a range."""
-        return list(self._slices)
-
-    def master(self, name: str) -> torch.Tensor:
-        """This rank's range of the fp32 master, flat."""
-        return self._slices[name].master.data
-
-    def describe(self, name: str, value: torch.Tensor) -> LogicalTensor:
-        """`value`, shaped like `master(name)`, as part of a logical tensor like the parameter."""
-        return self._slices[name].describe(value)
-
-    def commit(self) -> None:
-        """Make the model compute with the masters as they are now, on every rank."""
-        for optimizer in _distributed_optimizers(self._optimizer):
-            optimizer._copy_main_params_to_model_params()
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
+        """The master weights of this rank."""
+        return self._masters
 
     def sharded_state(self) -> Mapping[str, LogicalTensor]:
-        """Masters and Adam's moments by global name."""
-        state = {}
-        for name, s in self._slices.items():
-            state[f"weight/{name}"] = s.describe(s.master.data)
-            state[f"adam_m/{name}"] = s.describe(s.state["exp_avg"])
-            state[f"adam_v/{name}"] = s.describe(s.state["exp_avg_sq"])
-        return state
+        """Masters and moments by global name."""
+        return self._masters.sharded_state()
 
     def state_dict(self) -> dict[str, int]:
         """The count of updates, from which Adam's bias correction follows."""
         return {"updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Adam's counters from the count of updates, the model's copies from the masters."""
+        """The optimizer's counters from the count of updates, the model's copies from the masters."""
         self._updates = state["updates"]
-        for s in self._slices.values():
-            # Each parameter its own counter: one shared tensor would be advanced once per parameter.
-            s.state["step"].fill_(self._updates)
-        self.commit()
+        for distributed in _distributed_optimizers(self._optimizer):
+            elementwise.set_updates(distributed.optimizer, self._updates)
+        self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Copy masters to the model, on every rank."""
+        for distributed in _distributed_optimizers(self._optimizer):
+            distributed._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _wrap(chunks: Sequence[GPT], plan: ModelPlan, engine: EngineConfig) -> list[DistributedDataParallel]:
@@ -218,22 +185,30 @@ def _distributed_optimizers(optimizer) -> list[DistributedOptimizer]:
     return [o for o in optimizer.chained_optimizers if not o.is_stub_optimizer]
 
 
-def _prime(optimizer) -> None:
-    """Create Adam's state now, so that it can be saved and loaded before the first step."""
+def _replace_inner(optimizer, optim: OptimConfig) -> None:
+    """Have core's sharding step the optimizer of the configuration, over the ranges core made."""
     for distributed in _distributed_optimizers(optimizer):
-        for group in distributed.optimizer.param_groups:
-            group.update(fused=True, foreach=False)  # one pass over memory, on CPU and GPU
-            for parameter in group["params"]:
-                distributed.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        groups = distributed.optimizer.param_groups
+        # Core's fp32 ranges are views of parameters, which torch takes in place of leaves only afterwards.
+        leaves = [
+            {"params": [p.detach() for p in group["params"]], "wd_mult": group["wd_mult"]} for group in groups
+        ]
+        inner = elementwise.make(optim, leaves)
+        for mine, core in zip(inner.param_groups, groups, strict=True):
+            mine["params"] = core["params"]
+        elementwise.prime(inner)
+        distributed.optimizer = inner  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _slices(optimizer, tagged: Mapping[int, TaggedParameter], groups: Groups) -> Iterator[_Slice]:
+def _gradient(s: Slice) -> torch.Tensor:
+    assert s.master.grad is not None
+    return s.master.grad
+
+
+def _slices(
+    optimizer, moments: Mapping[str, str], tagged: Mapping[int, TaggedParameter], groups: Groups
+) -> Iterator[Slice]:
     """The ranges of all parameters that this data rank updates."""
-    mesh, rank = groups.mesh, groups.rank
     for distributed in _distributed_optimizers(optimizer):
         models = distributed.model_fp32_groups + distributed.model_float16_groups
         masters = distributed.shard_fp32_groups + distributed.shard_fp32_from_float16_groups
@@ -241,6 +216,6 @@ def _slices(optimizer, tagged: Mapping[int, TaggedParameter], groups: Groups) ->
             for parameter, master in zip(model_group, master_group, strict=True):
                 t = tagged[id(parameter)]
                 start = distributed._get_model_param_range_map(parameter)["param"].start
-                # What every tensor rank holds whole is written by the first; a tied copy by the embedding.
-                owner = not t.tied and (t.tensor_split or t.expert or mesh.tensor_rank(rank) == 0)
-                yield _Slice(t, master, start, distributed.optimizer.state[master], owner)
+                state = distributed.optimizer.state[master]
+                named = {kind: state[key] for kind, key in moments.items()}
+                yield Slice(t, start, master, named, is_owner(t, groups))

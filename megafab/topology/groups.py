@@ -16,7 +16,11 @@ from megafab.topology.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """This rank's place and the groups it reduces over. `host` is a gloo group of all ranks."""
+    """This rank's place and the groups it reduces over.
+
+    `expert_data`: the ranks that hold copies of this rank's experts. `embedding`: the first and the last
+    stage, which share tied embeddings; None on stages between. `host`: a gloo group of all ranks.
+    """
 
     mesh: Mesh
     rank: int
@@ -26,6 +30,8 @@ class Groups:
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
     expert: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
     host: dist.ProcessGroup
 
     @property
@@ -42,6 +48,11 @@ class Groups:
     def counts_loss(self) -> bool:
         """Whether this rank's part of the loss is to be added up: last stage, one of its tensor ranks."""
         return self.is_last_stage and self.mesh.tensor_rank(self.rank) == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return platform.device
 
     def sum_over_job(self, value: torch.Tensor) -> torch.Tensor:
         """In-place sum over all ranks on the device's backend; for small tensors."""
@@ -109,10 +120,16 @@ def initialize(mesh: Mesh, *, seed: int, timeout_minutes: int = 30) -> Groups:
         data=group(parallel_state.get_data_parallel_group()),
         data_context=group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         expert=group(parallel_state.get_expert_model_parallel_group()),
+        expert_data=group(parallel_state.get_expert_data_parallel_group()),
+        embedding=_optional(parallel_state.get_embedding_group(check_initialized=False)),
         host=group(dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo")),
     )
     groups.seed_dropout(0)
     return groups
+
+
+def _optional(found: object) -> dist.ProcessGroup | None:
+    return found if isinstance(found, dist.ProcessGroup) else None
 
 
 def shutdown() -> None:

@@ -1,0 +1,62 @@
+"""Optimizers that update every element on its own, and so survive any cut of the parameters into ranges.
+
+Both engines shard these: Megatron's distributed optimizer and every stage of ZeRO hand them flat ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from megafab.optim.config import OptimConfig, OptimName
+
+# By optimizer: the name of each moment in checkpoints, and in `optimizer.state`.
+MOMENTS: Mapping[OptimName, Mapping[str, str]] = {
+    OptimName.adamw: {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"},
+}
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+def make(config: OptimConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of `config`, a torch one, over `param_groups`.
+
+    Torch's fused AdamW whatever else is installed: one pass over memory on CPU and GPU, and one layout of
+    state in checkpoints.
+    """
+    return torch.optim.AdamW(
+        param_groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """Create the moments now, so that they can be saved and loaded before the first step."""
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Set the count from which bias corrections follow.
+
+    Each parameter has its own counter: one shared tensor would be advanced once per parameter.
+    """
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter]["step"].fill_(updates)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
