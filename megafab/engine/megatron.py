@@ -196,7 +196,7 @@ def _replace_inner(optimizer, optim: OptimConfig) -> None:
         inner = elementwise.make(optim, leaves)
         for mine, core in zip(inner.param_groups, groups, strict=True):
             mine["params"] = core["params"]
-        elementwise.prime(inner)
+        elementwise.prime(inner, [p for group in groups for p in group["params"]])
         distributed.optimizer = inner  # pyright: ignore[reportAttributeAccessIssue]
 
 

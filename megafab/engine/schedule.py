@@ -10,7 +10,7 @@ Shapes: B sequences, L sequence on this context rank, V vocabulary on this tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ class Schedule:
         groups: this rank's place.
         context_method: how sequences are split over context ranks.
         clock: told which micro-batch runs.
+        finalize: reduces the gradients over the job, called when the last backward pass is done; None:
+            core's reductions, for chunks in core's DDP.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Schedule:
         groups: Groups,
         context_method: ContextMethod,
         clock: Clock,
+        finalize: Callable[[], None] | None = None,
     ) -> None:
         self._chunks = list(chunks)
         self._groups = groups
@@ -55,7 +58,9 @@ class Schedule:
         self._forward_backward = get_forward_backward_func()
         self._valid_tokens = torch.ones((), device=platform.device)
         transformer.grad_scale_func = lambda loss: loss / self._valid_tokens
-        transformer.finalize_model_grads_func = _finalize
+        transformer.finalize_model_grads_func = (
+            (lambda *_, **__: finalize()) if finalize is not None else _finalize
+        )
 
     def run(
         self, batch: Batch, micro_batch: int, loss: LossFunction, ledger: LossLedger, *, forward_only: bool

@@ -39,9 +39,9 @@ def make(config: OptimConfig, param_groups: list[dict[str, Any]]) -> torch.optim
     )
 
 
-def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Create the moments now, so that they can be saved and loaded before the first step."""
-    for parameter in _parameters(optimizer):
+def prime(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Create the moments of `parameters` now, so that they can be saved and loaded before the first step."""
+    for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -54,9 +54,5 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
     Each parameter has its own counter: one shared tensor would be advanced once per parameter.
     """
-    for parameter in _parameters(optimizer):
-        optimizer.state[parameter]["step"].fill_(updates)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
