@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from megafab.checkpoint.identity import identity
 from megafab.checkpoint.state import Checkpoints
 from megafab.config.schema import Precision, RunConfig
 from megafab.config.tree import to_tree
 from megafab.data import mixture
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
+from megafab.engine.base import Engine
+from megafab.engine.config import EngineName
 from megafab.engine.megatron import MegatronEngine
 from megafab.loss.ledger import LossLedger
 from megafab.model import plan as model_plan
@@ -32,6 +36,9 @@ from megafab.telemetry.metrics import build_telemetry, peak_flops
 from megafab.topology import groups as topology
 from megafab.topology.groups import Groups
 from megafab.topology.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megafab.engine.deepspeed import DeepSpeedEngine
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -51,15 +58,16 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     shape = ModelShape.of(config.model, corpus.vocab_size)
     mesh = Mesh.of(config.parallel, ranks)
     groups = topology.initialize(mesh, seed=config.train.seed, timeout_minutes=config.launch.timeout_minutes)
+    kind = _engine_class(config.engine.name)
     bus = Bus(
         catalogue.build(config.techniques, config.train.seed),
         seed=config.train.seed,
         data_rank=mesh.data_rank(groups.rank),
-        capabilities=MegatronEngine.capabilities,
+        capabilities=kind.capabilities,
         agree_max=groups.agree_max,
         message=message if groups.rank == 0 else _silent,
     )
-    engine = _engine(config, shape, groups, bus, corpus)
+    engine = _engine(kind, config, shape, groups, bus, corpus)
     weights = mixture.weights(config.data.mixture, corpus)
     schedules = Schedules(
         config.train,
@@ -105,7 +113,13 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             engine=engine,
             loader=loader,
             techniques=bus,
-            data={"corpus": corpus.fingerprint, "tokenizer": corpus.tokenizer_fingerprint},
+            data=identity(
+                corpus,
+                weights=weights,
+                packing=config.data.packing,
+                seed=config.train.seed,
+                seq_len=config.model.seq_len,
+            ),
             resolved=plain,
             topology=_axes(mesh),
             message=telemetry.message,
@@ -123,7 +137,22 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     )
 
 
-def _engine(config: RunConfig, shape: ModelShape, groups: Groups, bus: Bus, corpus: Corpus) -> MegatronEngine:
+def _engine_class(name: EngineName) -> type[MegatronEngine] | type[DeepSpeedEngine]:
+    if name is EngineName.megatron:
+        return MegatronEngine
+    from megafab.engine.deepspeed import DeepSpeedEngine  # importing deepspeed takes a second
+
+    return DeepSpeedEngine
+
+
+def _engine(
+    kind: type[MegatronEngine] | type[DeepSpeedEngine],
+    config: RunConfig,
+    shape: ModelShape,
+    groups: Groups,
+    bus: Bus,
+    corpus: Corpus,
+) -> Engine:
     plan = model_plan.plan(
         shape,
         groups,
@@ -136,7 +165,7 @@ def _engine(config: RunConfig, shape: ModelShape, groups: Groups, bus: Bus, corp
     clock = Clock(data_rank=groups.mesh.data_rank(groups.rank))
     chunks = model_plan.build(plan, groups, config.train.seed)
     bus.build(chunks, clock)
-    return MegatronEngine(
+    return kind(
         plan,
         chunks,
         groups,

@@ -13,6 +13,7 @@ import torch
 
 from megafab.checkpoint.pieces import LogicalTensor, flat_slice
 from megafab.model.tags import TaggedParameter
+from megafab.run import Action, Verdict
 from megafab.topology.groups import Groups
 
 
@@ -56,6 +57,14 @@ def global_norm(gradients: Iterable[tuple[Slice, torch.Tensor]], groups: Groups)
     norms = torch._foreach_norm(owned) if owned else (torch.zeros((), device=device),)  # pyright: ignore
     square = torch.stack(norms).float().square().sum().to(groups.device)
     return float(groups.sum_over_job(square).sqrt())
+
+
+def update_scale(verdict: Verdict, norm: float, clip: float) -> float:
+    """By what to multiply the gradients: the verdict's scale, then down to the norm `clip` if it is not 0."""
+    scale = verdict.scale if verdict.action is Action.SCALE else 1.0
+    if clip and norm * abs(scale) > clip:
+        scale *= clip / (norm * abs(scale) + 1e-6)
+    return scale
 
 
 class MasterWeights:

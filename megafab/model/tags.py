@@ -25,9 +25,11 @@ EMBEDDING = "embedding.word_embeddings.weight"
 class TaggedParameter:
     """One parameter of this rank.
 
-    `tied` marks the last stage's copy of the embedding. `expert` parameters are replicated over the
-    expert-data ranks only, the others over all data x context ranks. `tensor_split` is false for what
-    every tensor rank holds whole (norms, some biases, the router).
+    `tied` marks the last stage's copy of the embedding; `shared` both copies. `expert` parameters are
+    replicated over the expert-data ranks only, the others over all data x context ranks. `tensor_split` is
+    false for what every tensor rank holds whole (norms, some biases, the router); where each of them then
+    sees a part of the sequence or of the heads only, so that gradients are to be added up, it is
+    `tensor_partial`.
     """
 
     name: str
@@ -35,7 +37,9 @@ class TaggedParameter:
     layout: Layout
     expert: bool
     tensor_split: bool
+    tensor_partial: bool
     tied: bool
+    shared: bool
 
 
 def tag(chunk: GPT, groups: Groups) -> Iterator[TaggedParameter]:
@@ -58,7 +62,17 @@ def tag(chunk: GPT, groups: Groups) -> Iterator[TaggedParameter]:
             else Layout.whole(shape)
         )
         name = EMBEDDING if tied else _global_name(local_name, layers, groups)
-        yield TaggedParameter(name, parameter, layout, expert, split, tied)
+        partial = not split and not expert and _is_partial(name, parameter, chunk)
+        shared = name == EMBEDDING and chunk.share_embeddings_and_output_weights
+        yield TaggedParameter(name, parameter, layout, expert, split, partial, tied, shared)
+
+
+def _is_partial(name: str, parameter: torch.nn.Parameter, chunk: GPT) -> bool:
+    """Core's condition for adding up over the tensor ranks (`finalize_model_grads`)."""
+    config = chunk.config
+    by_sequence = config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+    by_heads = config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+    return by_sequence or by_heads
 
 
 def tag_all(chunks: Sequence[GPT], groups: Groups) -> list[TaggedParameter]:

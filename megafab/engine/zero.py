@@ -1,0 +1,430 @@
+"""DeepSpeed's ZeRO optimizers, one around each model chunk, driven by Megatron's schedules.
+
+DeepSpeed's own engine wants to own the backward pass, the accumulation and the step, as one; Megatron's
+schedules own the first two, and the loop looks at the gradients before it steps. So megafab uses what lies
+below DeepSpeed's engine, its ZeRO optimizers, and tells them when a backward pass is over:
+
+- Gradients are sums, not means: DeepSpeed's averaging over data ranks is off, or undone.
+- A hook on each chunk's output has the autograd engine call back when that backward pass is done, so that
+  stages 2 and 3 close their buckets once a micro-batch, whatever the schedule runs in between.
+- Sums over other axes than data (norms under sequence parallelism, tied embeddings over the pipeline) are
+  taken last, on this rank's partition alone: they commute with the sum over data ranks, and the ranks they
+  join hold the same range of the same parameter. So they are right at every stage of ZeRO, and cost 1/data
+  of what they cost on whole gradients.
+- Norm, verdict and clipping are megafab's (`slices.py`); DeepSpeed's own are off.
+
+Rajbhandari et al. 2020, arXiv 1910.02054 (ZeRO); Ren et al. 2021, arXiv 2101.06840 (offload).
+"""
+
+# DeepSpeed is not typed.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megafab.engine.config import EngineConfig, Offload
+from megafab.engine.slices import Slice, is_owner
+from megafab.model.gpt import GPT
+from megafab.model.tags import TaggedParameter
+from megafab.optim import elementwise
+from megafab.optim.config import OptimConfig
+from megafab.platform import platform
+from megafab.topology.groups import Groups
+
+_EXPERTS = "experts"  # DeepSpeed's name for the process groups of expert parameters
+_PERSISTENT = 100_000  # DeepSpeed's default of `param_persistence_threshold`
+
+
+class Zero(Protocol):
+    """A ZeRO optimizer around one model chunk. All methods but `slices` and `gradients` are collectives."""
+
+    slices: list[Slice]
+
+    def last_backward(self, is_last: bool) -> None:
+        """Tells whether the backward passes that follow are the last of this step."""
+        ...
+
+    def end_backward(self) -> None:
+        """One backward pass through the chunk is over."""
+        ...
+
+    def reduce(self) -> None:
+        """All backward passes are over: sum what was accumulated over the data ranks."""
+        ...
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """The gradients of `slices`, flat, as views; between `reduce` and `step` or `discard`."""
+        ...
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Update the masters by the gradients, and the model from the masters."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def set_updates(self, updates: int) -> None:
+        """Set the optimizer's counters."""
+        ...
+
+    def commit(self) -> None:
+        """Update the model from the masters."""
+        ...
+
+
+def wrap(
+    chunk: GPT,
+    tagged: Sequence[TaggedParameter],
+    groups: Groups,
+    engine: EngineConfig,
+    optim: OptimConfig,
+) -> Zero:
+    """The ZeRO optimizer of `engine.zero_stage` around one chunk; its backward passes are watched."""
+    _join()
+    kind = _Stage3 if engine.zero_stage == 3 else _Stage12
+    zero = kind(chunk, tagged, groups, engine, optim)
+    chunk.register_forward_hook(lambda _module, _inputs, output: _watch(output, zero.end_backward))
+    return zero
+
+
+def _watch(output: torch.Tensor, end: Callable[[], None]) -> None:
+    """Have `end` called when the backward pass that begins at `output` is over."""
+    if output.requires_grad:
+        engine = torch.autograd.Variable._execution_engine
+        output.register_hook(lambda _gradient: engine.queue_callback(end))
+
+
+def _join() -> None:
+    """Have DeepSpeed talk over the process groups of this job, which exist already."""
+    os.environ.setdefault("DS_ACCELERATOR", platform.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed.comm.comm as comm
+
+    if not platform.is_cuda:
+        # It would compile a shared-memory all-reduce that nothing here asks for (25 s on a new machine).
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    comm.cdb = None  # of an earlier job of this process
+    comm.init_distributed(dist_backend=platform.backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _param_groups(tagged: Sequence[TaggedParameter]) -> list[dict[str, Any]]:
+    """The chunk's parameters by how they are sharded and whether they decay.
+
+    A shared embedding stands alone, so that it is cut alike on the first and the last stage, which share it.
+    """
+    chosen: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
+    for t in tagged:
+        if t.parameter.requires_grad:
+            key = (t.expert, t.shared, elementwise.decays(t.name, t.parameter))
+            chosen.setdefault(key, []).append(t.parameter)
+    groups = []
+    for (expert, _, decays), parameters in chosen.items():
+        group: dict[str, Any] = {"params": parameters, "wd_mult": float(decays)}
+        if expert:
+            group.update(moe=True, name=_EXPERTS)
+            for parameter in parameters:
+                parameter.group_name = _EXPERTS
+        groups.append(group)
+    return groups
+
+
+def _offload(engine: EngineConfig) -> tuple[Any, Any]:
+    """DeepSpeed's settings of optimizer and parameter offload, or None."""
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    where = {"device": "cpu", "pin_memory": platform.is_cuda}
+    optimizer = DeepSpeedZeroOffloadOptimizerConfig(**where) if engine.offload is not Offload.none else None
+    parameters = DeepSpeedZeroOffloadParamConfig(**where) if engine.offload is Offload.parameters else None
+    return optimizer, parameters
+
+
+class _Base:
+    """What all stages share: the torch optimizer within, whose groups hold this rank's partitions."""
+
+    def __init__(
+        self, tagged: Sequence[TaggedParameter], groups: Groups, engine: EngineConfig, optim: OptimConfig
+    ) -> None:
+        self._groups = groups
+        self._tagged = {id(t.parameter): t for t in tagged}
+        self._moments = elementwise.MOMENTS[optim.name]
+        self._inner = elementwise.make(optim, _param_groups(tagged))
+        self._offloaded = engine.offload is not Offload.none
+
+    def set_updates(self, updates: int) -> None:
+        elementwise.set_updates(self._inner, updates)
+
+    def last_backward(self, is_last: bool) -> None:
+        """Only stage 1 can tell the last backward pass from others."""
+
+    def _set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["wd_mult"]
+
+    def _slice(self, t: TaggedParameter, start: int, master: torch.Tensor, offset: int, size: int) -> Slice:
+        state = self._inner.state[master]
+        named = {name: state[key].narrow(0, offset, size) for name, key in self._moments.items()}
+        view = master.detach().narrow(0, offset, size)
+        return Slice(t, start, view, named, is_owner(t, self._groups))
+
+
+class _Stage12(_Base):
+    """Stages 1 and 2: each data rank updates a contiguous range of every parameter group."""
+
+    def __init__(
+        self,
+        chunk: GPT,
+        tagged: Sequence[TaggedParameter],
+        groups: Groups,
+        engine: EngineConfig,
+        optim: OptimConfig,
+    ) -> None:
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+        from deepspeed.utils.timer import NoopTimer
+
+        super().__init__(tagged, groups, engine, optim)
+        self._partitions_gradients = engine.zero_stage == 2
+        self._overlaps = engine.overlap_grad_reduce
+        experts = any(t.expert for t in tagged)
+        numel = sum(t.parameter.numel() for t in tagged)
+        self._zero = DeepSpeedZeroOptimizer(
+            self._inner,
+            {t.parameter: t.name for t in tagged},
+            timers=NoopTimer(),
+            optimizer_params={},
+            contiguous_gradients=True,
+            reduce_bucket_size=min(engine.bucket_parameters, numel),
+            allgather_bucket_size=2 * engine.bucket_parameters,
+            dp_process_group=groups.data_context,
+            expert_parallel_group={_EXPERTS: groups.expert},
+            expert_data_parallel_group={_EXPERTS: groups.expert_data},
+            has_moe_layers=experts,
+            reduce_scatter=True,
+            overlap_comm=self._overlaps,
+            offload_optimizer_config=_offload(engine)[0],
+            gradient_accumulation_dtype=torch.float32,
+            communication_data_type=torch.float32,
+            gradient_average=False,
+            partition_grads=self._partitions_gradients,
+            clip_grad=0.0,
+            check_grad_overflow=False,
+            compute_grad_norm=self._offloaded,  # offload insists on it
+        )
+        masters = self._zero.single_partition_of_fp32_groups
+        elementwise.prime(self._inner, masters)
+        self._pieces = list(self._ranges())  # as `slices`: group and offset in its partition
+        self.slices = [
+            self._slice(t, start, masters[group], offset, size)
+            for t, group, start, offset, size in self._pieces
+        ]
+
+    def _ranges(self) -> Iterator[tuple[TaggedParameter, int, int, int, int]]:
+        """(parameter, group, start in the parameter, offset in this rank's partition, size)."""
+        zero = self._zero
+        for group, parameters in enumerate(zero.params_in_partition):
+            rank = dist.get_rank(zero.real_dp_process_group[group])
+            for parameter in parameters:
+                key = zero.get_param_id(parameter)
+                start = int(zero.grad_start_offset[group][rank][key])
+                offset = int(zero.grad_partition_insertion_offset[group][rank][key])
+                size = min(parameter.numel() - start, int(zero.partition_size[group]) - offset)
+                yield self._tagged[id(parameter)], group, start, offset, size
+
+    def last_backward(self, is_last: bool) -> None:
+        self._zero.set_gradient_accumulation_boundary(is_last and not self._partitions_gradients)
+
+    def end_backward(self) -> None:
+        if self._partitions_gradients:
+            self._require_all_gradients()
+            self._zero.overlapping_partition_gradients_reduce_epilogue()
+
+    def reduce(self) -> None:
+        if self._partitions_gradients:
+            self._zero.finalize_gradient_accumulation_boundary()
+        else:
+            self._zero.set_gradient_accumulation_boundary(True)
+            self._zero.reduce_gradients()
+
+    def _require_all_gradients(self) -> None:
+        """Ranks reduce buckets in the order in which gradients came: all must have had the same ones."""
+        reduced = sum(self._zero.params_already_reduced)
+        waiting = sum(len(bucket.params) for bucket in self._zero.ipg_buckets.values())
+        assert reduced + waiting == len(self._zero.param_dict), "a parameter took no part in a backward pass"
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        if self._offloaded:
+            masters = self._zero.single_partition_of_fp32_groups
+            return [masters[g].grad.narrow(0, offset, size) for _, g, _, offset, size in self._pieces]
+        # Behind the parameters' pieces a group may have padding.
+        pieces = [
+            piece
+            for group, parameters in enumerate(self._zero.params_in_partition)
+            for piece in self._zero.averaged_gradients[group][: len(parameters)]
+        ]
+        return [piece.view(-1) for piece in pieces]
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        self._set_hyperparameters(lr, weight_decay)
+        self._zero.step()
+        self._zero.zero_grad()
+
+    def discard(self) -> None:
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad()
+        zero._release_preflattened_grad_buffers()
+        if self._offloaded:
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+            zero.all_grad_tensors[group] = None
+
+    def commit(self) -> None:
+        self._zero.update_lp_params()
+
+
+class _Stage3(_Base):
+    """Stage 3: each data rank holds a range of every parameter, gathered while a layer needs it."""
+
+    def __init__(
+        self,
+        chunk: GPT,
+        tagged: Sequence[TaggedParameter],
+        groups: Groups,
+        engine: EngineConfig,
+        optim: OptimConfig,
+    ) -> None:
+        from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.utils.timer import NoopTimer
+
+        super().__init__(tagged, groups, engine, optim)
+        optimizer_offload, parameter_offload = _offload(engine)
+        persistent = engine.persistent_parameters
+        self._zero = DeepSpeedZeroOptimizer_Stage3(
+            chunk,
+            self._inner,
+            {t.parameter: t.name for t in tagged},
+            timers=NoopTimer(),
+            ds_config=_stage3_config(parameter_offload),
+            contiguous_gradients=True,
+            reduce_bucket_size=min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged)),
+            prefetch_bucket_size=engine.bucket_parameters,
+            param_persistence_threshold=_PERSISTENT if persistent is None else persistent,
+            dp_process_group=groups.data_context,
+            reduce_scatter=True,
+            overlap_comm=engine.overlap_grad_reduce,
+            offload_optimizer_config=optimizer_offload,
+            offload_param_config=parameter_offload,
+            gradient_accumulation_dtype=torch.float32,
+            communication_data_type=torch.float32,
+            clip_grad=0.0,
+        )
+        if chunk.post_process and chunk.share_embeddings_and_output_weights:
+            register_external_parameter(chunk.output_layer, chunk.shared_embedding_or_output_weight())
+        masters = self._zero.fp32_partitioned_groups_flat
+        elementwise.prime(self._inner, masters)
+        self._pieces = list(self._ranges())  # as `slices`: sub-group and index in it
+        self.slices = [
+            self._slice(t, start, masters[group], offset, size)
+            for t, group, _, start, offset, size in self._pieces
+        ]
+
+    def _ranges(self) -> Iterator[tuple[TaggedParameter, int, int, int, int, int]]:
+        """(parameter, sub-group, index in it, start in the parameter, offset in the partition, size)."""
+        rank = dist.get_rank(self._groups.data_context)
+        for group, parameters in enumerate(self._zero.fp16_groups):
+            for index, parameter in enumerate(parameters):
+                _, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = rank * padded
+                size = min(padded, parameter.ds_numel - start)
+                if size > 0:
+                    yield self._tagged[id(parameter)], group, index, start, int(offset), size
+
+    def end_backward(self) -> None:
+        self._zero.independent_gradient_partition_epilogue()
+        self._zero.backward_epilogue()
+        self._zero.micro_step_id += 1  # the next backward pass adds to this one
+
+    def reduce(self) -> None:
+        self._zero.finalize_gradient_accumulation_boundary()
+        if self._groups.data_context.size() > 1:  # DeepSpeed has taken the mean
+            torch._foreach_mul_(list(self.gradients()), float(self._groups.data_context.size()))
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        if self._offloaded:
+            masters = self._zero.fp32_partitioned_groups_flat
+            return [
+                masters[group].grad.narrow(0, offset, size) for _, group, _, _, offset, size in self._pieces
+            ]
+        return [
+            self._zero.averaged_gradients[group][index].view(-1)[:size]
+            for _, group, index, _, _, size in self._pieces
+        ]
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        self._set_hyperparameters(lr, weight_decay)
+        self._zero.set_gradient_accumulation_boundary(False)
+        self._zero.step()
+
+    def discard(self) -> None:
+        self._zero.set_gradient_accumulation_boundary(False)
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(1.0)
+        self._gather_persistent()
+
+    def commit(self) -> None:
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+def _stage3_config(parameter_offload: Any) -> dict[str, Any]:
+    """What DeepSpeed wants to read where it partitions the parameters."""
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "memory_efficient_linear": False,  # it would replace torch's linear in the whole process
+    }
+    if parameter_offload is not None:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": platform.is_cuda}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+
+def sum_over_other_axes(gradients: Sequence[tuple[Slice, torch.Tensor]], groups: Groups) -> None:
+    """Add up gradients of which each tensor rank, or each of the two outer stages, has a part. In place.
+
+    Args:
+        gradients: of all slices of this rank, summed over the data ranks.
+        groups: this rank's place.
+    """
+    if groups.mesh.tensor > 1:
+        _sum([g for s, g in gradients if s.tagged.tensor_partial], groups.tensor, groups.device)
+    if groups.mesh.pipeline > 1 and groups.embedding is not None:
+        _sum([g for s, g in gradients if s.tagged.shared], groups.embedding, groups.device)
+
+
+def _sum(tensors: list[torch.Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    if tensors:
+        flat = torch.cat(tensors).to(device)
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, list(parts))
