@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from megafab.config.schema import RunConfig
+from megafab.config.schema import Precision, Recompute, RunConfig
 from megafab.config.tree import did_you_mean
+from megafab.engine.capabilities import Feature, mode_of
+from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
@@ -174,6 +176,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
+    "engine.persistent_parameters",
     "checkpoint.every",
 )
 
@@ -486,6 +489,73 @@ def _overlap_param_gather(facts: Facts) -> Iterator[Violation]:
         fix = "engine.overlap_grad_reduce=true, or engine.overlap_param_gather=false"
         expected = "engine.overlap_grad_reduce=true"
         yield Violation("engine.overlap_param_gather=true", "engine.overlap_grad_reduce=false", expected, fix)
+
+
+@rule("engine-capabilities", relates=False)
+def _engine_capabilities(facts: Facts) -> Iterator[Violation]:
+    """What was not shown to train right is refused (`engine/capabilities.py`)."""
+    engine = facts.config.engine
+    if engine.name is EngineName.megatron and (engine.zero_stage is not None or _zero_only(engine)):
+        return  # reported by `engine-keys`
+    mode = mode_of(engine.name, engine.zero_stage, engine.offload)
+    if mode is None:
+        stage = "null" if engine.zero_stage is None else str(engine.zero_stage)
+        fix = "engine.zero_stage=1, 2 or 3"
+        yield Violation(f"engine.zero_stage={stage}", f"{stage}, engine=deepspeed", "a stage of ZeRO", fix)
+        return
+    features = features_of(facts.config)
+    if refusal := mode.refusal(features):
+        names = ", ".join(f.value for f in Feature if f in features)
+        found = f"{mode.name}{' with ' if names else ''}{names}: {refusal.reason}"
+        expected = "what is shown to train right (README, engines)"
+        yield Violation(" ".join(mode.overrides), found, expected, refusal.nearest)
+
+
+def features_of(config: RunConfig) -> frozenset[Feature]:
+    """The features of a configuration that `engine/capabilities.py` distinguishes."""
+    p, train = config.parallel, config.train
+    on = {
+        Feature.tensor: p.tensor > 1,
+        Feature.sequence: p.sequence,
+        Feature.pipeline: p.pipeline > 1,
+        Feature.interleaved: p.virtual_pipeline > 1,
+        Feature.context: p.context > 1,
+        Feature.expert: p.expert > 1,
+        Feature.recompute: train.recompute is not Recompute.none,
+        Feature.bf16: train.precision is Precision.bf16,
+    }
+    return frozenset(feature for feature, is_on in on.items() if is_on)
+
+
+@rule("engine-keys", relates=False)
+def _engine_keys(facts: Facts) -> Iterator[Violation]:
+    """Keys of one engine given to the other."""
+    engine = facts.config.engine
+    if engine.name is EngineName.megatron:
+        for key, text in _zero_only(engine):
+            fix = f"leave engine.{key} out, or engine=deepspeed"
+            yield Violation(
+                f"engine.{key}={text}", "engine=megatron", "engine=deepspeed, which knows it", fix
+            )
+        return
+    if engine.overlap_param_gather:
+        fix = "engine.overlap_param_gather=false, or engine=megatron"
+        expected = "engine=megatron, which knows it"
+        yield Violation("engine.overlap_param_gather=true", "engine=deepspeed", expected, fix)
+    if engine.persistent_parameters is not None and engine.zero_stage != 3:
+        where, found = f"engine.persistent_parameters={engine.persistent_parameters}", engine.zero_stage
+        fix = "leave engine.persistent_parameters out, or engine.zero_stage=3"
+        yield Violation(where, f"engine.zero_stage={found}", "stage 3, which gathers parameters", fix)
+
+
+def _zero_only(engine: EngineConfig) -> list[tuple[str, str]]:
+    """The keys of ZeRO that are set, with their values."""
+    given = [
+        ("zero_stage", engine.zero_stage),
+        ("offload", None if engine.offload is Offload.none else engine.offload.value),
+        ("persistent_parameters", engine.persistent_parameters),
+    ]
+    return [(key, str(value)) for key, value in given if value is not None]
 
 
 # -- the run -------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def _watch(output: torch.Tensor, end: Callable[[], None]) -> None:
 def _join() -> None:
     """Have DeepSpeed talk over the process groups of this job, which exist already."""
     os.environ.setdefault("DS_ACCELERATOR", platform.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a job of one rank, which nothing launched
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.comm.comm as comm
 
@@ -161,6 +162,7 @@ class _Base:
         self._moments = elementwise.MOMENTS[optim.name]
         self._inner = elementwise.make(optim, _param_groups(tagged))
         self._offloaded = engine.offload is not Offload.none
+        self._bucket = min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged))
 
     def set_updates(self, updates: int) -> None:
         elementwise.set_updates(self._inner, updates)
@@ -198,14 +200,13 @@ class _Stage12(_Base):
         self._partitions_gradients = engine.zero_stage == 2
         self._overlaps = engine.overlap_grad_reduce
         experts = any(t.expert for t in tagged)
-        numel = sum(t.parameter.numel() for t in tagged)
         self._zero = DeepSpeedZeroOptimizer(
             self._inner,
             {t.parameter: t.name for t in tagged},
             timers=NoopTimer(),
             optimizer_params={},
             contiguous_gradients=True,
-            reduce_bucket_size=min(engine.bucket_parameters, numel),
+            reduce_bucket_size=self._bucket,
             allgather_bucket_size=2 * engine.bucket_parameters,
             dp_process_group=groups.data_context,
             expert_parallel_group={_EXPERTS: groups.expert},
@@ -222,6 +223,7 @@ class _Stage12(_Base):
             check_grad_overflow=False,
             compute_grad_norm=self._offloaded,  # offload insists on it
         )
+        self._zero.set_gradient_accumulation_boundary(False)
         masters = self._zero.single_partition_of_fp32_groups
         elementwise.prime(self._inner, masters)
         self._pieces = list(self._ranges())  # as `slices`: group and offset in its partition
@@ -279,9 +281,11 @@ class _Stage12(_Base):
         self._set_hyperparameters(lr, weight_decay)
         self._zero.step()
         self._zero.zero_grad()
+        self._zero.set_gradient_accumulation_boundary(False)
 
     def discard(self) -> None:
         zero = self._zero
+        zero.set_gradient_accumulation_boundary(False)
         zero.micro_step_id = -1
         zero.zero_grad()
         zero._release_preflattened_grad_buffers()
@@ -313,21 +317,24 @@ class _Stage3(_Base):
 
         super().__init__(tagged, groups, engine, optim)
         optimizer_offload, parameter_offload = _offload(engine)
+        config = _stage3_config(parameter_offload)
+        _partition(chunk, groups, config)
         persistent = engine.persistent_parameters
         self._zero = DeepSpeedZeroOptimizer_Stage3(
             chunk,
             self._inner,
             {t.parameter: t.name for t in tagged},
             timers=NoopTimer(),
-            ds_config=_stage3_config(parameter_offload),
+            ds_config=config,
             contiguous_gradients=True,
-            reduce_bucket_size=min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged)),
+            reduce_bucket_size=self._bucket,
             prefetch_bucket_size=engine.bucket_parameters,
             param_persistence_threshold=_PERSISTENT if persistent is None else persistent,
             dp_process_group=groups.data_context,
             reduce_scatter=True,
             overlap_comm=engine.overlap_grad_reduce,
             offload_optimizer_config=optimizer_offload,
+            offload_ratio=1.0,
             offload_param_config=parameter_offload,
             gradient_accumulation_dtype=torch.float32,
             communication_data_type=torch.float32,
@@ -345,9 +352,9 @@ class _Stage3(_Base):
 
     def _ranges(self) -> Iterator[tuple[TaggedParameter, int, int, int, int, int]]:
         """(parameter, sub-group, index in it, start in the parameter, offset in the partition, size)."""
-        rank = dist.get_rank(self._groups.data_context)
         for group, parameters in enumerate(self._zero.fp16_groups):
             for index, parameter in enumerate(parameters):
+                rank = dist.get_rank(parameter.ds_process_group)
                 _, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
                 start = rank * padded
                 size = min(padded, parameter.ds_numel - start)
@@ -361,8 +368,9 @@ class _Stage3(_Base):
 
     def reduce(self) -> None:
         self._zero.finalize_gradient_accumulation_boundary()
-        if self._groups.data_context.size() > 1:  # DeepSpeed has taken the mean
-            torch._foreach_mul_(list(self.gradients()), float(self._groups.data_context.size()))
+        # DeepSpeed has taken means.
+        sizes = [t.parameter.ds_process_group.size() for t, *_ in self._pieces]
+        torch._foreach_mul_(list(self.gradients()), [float(size) for size in sizes])
 
     def gradients(self) -> Sequence[torch.Tensor]:
         if self._offloaded:
@@ -396,6 +404,19 @@ class _Stage3(_Base):
     def _gather_persistent(self) -> None:
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+def _partition(chunk: GPT, groups: Groups, config: dict[str, Any]) -> None:
+    """Cut every parameter over the ranks that hold copies of it.
+
+    Left to itself, DeepSpeed takes all ranks of the job, and would mix the slices of tensor ranks.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    for name, module in chunk.named_modules():
+        if name.endswith(".mlp.experts"):
+            Init(module, groups.expert_data, config_dict_or_path=config)
+    Init(chunk, groups.data_context, config_dict_or_path=config)
 
 
 def _stage3_config(parameter_offload: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megafab.checkpoint.config import CheckpointConfig
 from megafab.config.rules import RULES, CorpusFacts, RuleErrors, check_all, corpus_facts
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
+from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
 from megafab.optim.config import OptimConfig, ScheduleKind
 from megafab.techniques.config import EMAConfig
@@ -332,6 +333,61 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "data.path=corpus: found 900 tokens in domain code, expected at least model.seq_len + 1 = 901 in "
         "each "
         "domain that is read. Fix: data.mixture without code, more text in it, or a smaller model.seq_len",
+    ),
+]
+
+
+ZERO = {"engine.name": EngineName.deepspeed}
+BROKEN += [
+    (
+        *("engine-capabilities", ZERO, 1),
+        "engine.zero_stage=null: found null, engine=deepspeed, expected a stage of ZeRO. "
+        "Fix: engine.zero_stage=1, 2 or 3",
+    ),
+    (
+        *("engine-capabilities", ZERO | {"engine.zero_stage": 0}, 1),
+        "engine=deepspeed engine.zero_stage=0: found ZeRO 0: without sharding ZeRO is plain data "
+        "parallelism, which DeepSpeed does not run under other schedules, expected what is shown to train "
+        "right (README, engines). Fix: engine=megatron, whose optimizer is sharded as in ZeRO 1, or "
+        "engine.zero_stage=1",
+    ),
+    (
+        *("engine-capabilities", ZERO | {"engine.zero_stage": 3, "parallel.pipeline": 2}, 2),
+        "engine=deepspeed engine.zero_stage=3: found ZeRO 3 with pipeline: DeepSpeed wants every rank of the "
+        "job to hold the same parameters, which pipeline stages do not, expected what is shown to train "
+        "right (README, engines). Fix: engine.zero_stage=2, or parallel.pipeline=1",
+    ),
+    (
+        *("engine-capabilities", ZERO | {"engine.zero_stage": 2, "engine.offload": Offload.parameters}, 1),
+        "engine=deepspeed engine.zero_stage=2 engine.offload=parameters: found ZeRO 2, offload parameters: "
+        "only stage 3 partitions parameters, so only there they can be offloaded, expected what is shown to "
+        "train right (README, engines). Fix: engine.zero_stage=3, or engine.offload=optimizer",
+    ),
+    (
+        *("engine-capabilities", ZERO | {"engine.zero_stage": 3, "engine.offload": Offload.nvme}, 1),
+        "engine=deepspeed engine.zero_stage=3 engine.offload=nvme: found ZeRO 3, offload nvme: DeepSpeed's "
+        "operation for asynchronous disk access (libaio) was not at hand, so this was never tested, expected "
+        "what is shown to train right (README, engines). Fix: engine.offload=optimizer",
+    ),
+    (
+        *("engine-keys", {"engine.zero_stage": 1}, 1),
+        "engine.zero_stage=1: found engine=megatron, expected engine=deepspeed, which knows it. "
+        "Fix: leave engine.zero_stage out, or engine=deepspeed",
+    ),
+    (
+        *("engine-keys", {"engine.offload": Offload.optimizer}, 1),
+        "engine.offload=optimizer: found engine=megatron, expected engine=deepspeed, which knows it. "
+        "Fix: leave engine.offload out, or engine=deepspeed",
+    ),
+    (
+        *("engine-keys", ZERO | {"engine.zero_stage": 2, "engine.persistent_parameters": 0}, 1),
+        "engine.persistent_parameters=0: found engine.zero_stage=2, expected stage 3, which gathers "
+        "parameters. Fix: leave engine.persistent_parameters out, or engine.zero_stage=3",
+    ),
+    (
+        *("engine-keys", ZERO | {"engine.zero_stage": 1, "engine.overlap_param_gather": True}, 1),
+        "engine.overlap_param_gather=true: found engine=deepspeed, expected engine=megatron, which knows it. "
+        "Fix: engine.overlap_param_gather=false, or engine=megatron",
     ),
 ]
 

@@ -1,0 +1,194 @@
+"""Every verified cell of `engine/capabilities.py`: trained for real, and equal to one rank of Megatron."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+
+from megafab.engine.capabilities import MODES, Feature, Mode
+from megafab.engine.config import EngineName, Offload
+
+pytestmark = pytest.mark.multiproc
+
+Rows = list[dict[str, Any]]
+Run = Callable[..., Rows]
+
+MOE = ("model.moe.experts=4", "model.moe.shared_ffn=64", "model.moe.z_loss=0.001")
+TIED = (
+    "model.norm=layernorm",
+    "model.activation=gelu",
+    "model.position=learned",
+    "model.bias=true",
+    "model.tied_embeddings=true",
+    "model.kv_heads=4",
+    "model.qk_norm=true",
+)
+TURNED_ON_BY = {
+    Feature.tensor: "parallel.tensor=2",
+    Feature.sequence: "parallel.sequence=true",
+    Feature.pipeline: "parallel.pipeline=2",
+    Feature.interleaved: "parallel.virtual_pipeline=2",
+    Feature.context: "parallel.context=2",
+    Feature.expert: "parallel.expert=2",
+    Feature.recompute: "train.recompute=full",
+    Feature.bf16: "train.precision=bf16",
+}
+NEEDS = {
+    Feature.sequence: {Feature.tensor},
+    Feature.interleaved: {Feature.pipeline},
+}
+CLIP = 0.3
+VERIFIED = [mode for mode in MODES if mode.verified]
+BF16, EXPERT, INTERLEAVED = Feature.bf16, Feature.expert, Feature.interleaved
+
+
+def ranks_of(features: frozenset[Feature]) -> int:
+    """Two along each axis, and two data ranks where that leaves four ranks or fewer."""
+    axes = 2 ** len(features & {Feature.tensor, Feature.pipeline, Feature.context})
+    return axes if axes > 2 else 2 * axes
+
+
+def overrides_of(mode: Mode, features: frozenset[Feature]) -> list[str]:
+    return [*mode.overrides, *(text for feature, text in TURNED_ON_BY.items() if feature in features)]
+
+
+def name_of(features: frozenset[Feature]) -> str:
+    return "+".join(feature.value for feature in Feature if feature in features) or "data"
+
+
+def cases(chosen: Callable[[Mode, frozenset[Feature]], bool]) -> list[Any]:
+    """The verified sets of all modes; those not chosen are slow."""
+    return [
+        pytest.param(
+            mode,
+            features,
+            id=f"{mode.name}: {name_of(features)}",
+            marks=() if chosen(mode, features) else pytest.mark.slow,
+        )
+        for mode in VERIFIED
+        for features in mode.verified
+    ]
+
+
+def parts(mode: Mode) -> Iterator[frozenset[Feature]]:
+    """Every set of features within the verified ones that a configuration can have."""
+    seen = set[frozenset[Feature]]()
+    for together in mode.verified:
+        for size in range(len(together)):
+            for some in map(frozenset[Feature], itertools.combinations(together, size)):
+                # Megatron does not train experts on a tensor axis without sequence parallelism.
+                needs = {EXPERT: {Feature.sequence}} if Feature.tensor in some else {}
+                if all(more <= some for one, more in (NEEDS | needs).items() if one in some):
+                    seen.add(some)
+    yield from sorted(seen - set(mode.verified), key=name_of)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("capabilities"))
+
+
+@pytest.fixture(scope="module")
+def run(ranks, corpus, tmp_path_factory) -> Run:
+    """The rows of a run; the same run is trained once."""
+    cache: dict[tuple[Any, ...], Rows] = {}
+
+    def run(world: int, *overrides: str) -> Rows:
+        key = world, *overrides
+        if key not in cache:
+            directory = tmp_path_factory.mktemp("run")
+            fixed = [*SMALL_MODEL, *SHORT_RUN, f"optim.clip={CLIP}"]
+            arguments = [*fixed, f"data.path={corpus}", f"run.dir={directory}", *overrides]
+            assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
+            cache[key] = rows(directory)
+        return cache[key]
+
+    return run
+
+
+def assert_same_curve(found: Rows, expected: Rows, tolerance: float) -> None:
+    assert len(found) == len(expected) == 20
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.3, "the reference must have learned something"
+    assert min(row["grad_norm"] for row in expected) > CLIP, "clipping must have acted"
+    for a, b in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            slack = tolerance if key == "loss" else 10 * tolerance
+            assert math.isclose(a[key], b[key], rel_tol=slack), (a["step"], key, a[key], b[key])
+    assert math.isclose(found[-1]["valid_loss"], expected[-1]["valid_loss"], rel_tol=tolerance)
+
+
+def check(run: Run, mode: Mode, features: frozenset[Feature], model: tuple[str, ...]) -> None:
+    """In fp32 against one rank; in bf16, whose rounding depends on the layout, against Megatron's there."""
+    world = ranks_of(features)
+    found = run(world, *model, *overrides_of(mode, features))
+    if BF16 in features:
+        reference, tolerance = run(world, *model, *overrides_of(MODES[0], features)), 2e-3
+    else:
+        reference, tolerance = run(1, *model, *MODES[0].overrides), 1e-5
+    assert_same_curve(found, reference, tolerance)
+
+
+def is_quick(mode: Mode, features: frozenset[Feature]) -> bool:
+    """In every test run: all features at once in every mode; the rest where optimizers differ."""
+    if mode.engine is EngineName.megatron:
+        return BF16 not in features  # where it would be compared with itself
+    if mode.offload is Offload.none:
+        return True
+    return BF16 not in features and features == max(mode.verified[:-1], key=len)
+
+
+@pytest.mark.parametrize(("mode", "features"), cases(is_quick))
+def test_all_at_once_equals_one_rank(mode: Mode, features: frozenset[Feature], run: Run) -> None:
+    check(run, mode, features, MOE if EXPERT in features else ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "features"),
+    [pytest.param(m, some, id=f"{m.name}: {name_of(some)}") for m in VERIFIED for some in parts(m)],
+)
+def test_any_part_of_it_equals_one_rank(mode: Mode, features: frozenset[Feature], run: Run) -> None:
+    check(run, mode, features, MOE if EXPERT in features else ())
+
+
+TIED_FEATURES = {
+    "plain": frozenset({Feature.tensor, Feature.pipeline}),
+    "interleaved": frozenset({Feature.tensor, Feature.sequence, Feature.pipeline, INTERLEAVED}),
+    "without stages": frozenset({Feature.tensor, Feature.sequence}),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout"),
+    [
+        pytest.param(
+            mode,
+            layout,
+            id=f"{mode.name}: {layout}",
+            marks=() if mode.offload is Offload.none else pytest.mark.slow,
+        )
+        for mode in VERIFIED
+        if mode.engine is EngineName.deepspeed
+        for layout, features in TIED_FEATURES.items()
+        if mode.refusal(features) is None
+    ],
+)
+def test_tied_embeddings_equal_one_rank(mode: Mode, layout: str, run: Run) -> None:
+    check(run, mode, TIED_FEATURES[layout], TIED)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_reduction_that_does_not_overlap_gives_the_same(stage: int, run: Run) -> None:
+    mode = next(m for m in MODES if m.zero_stage == stage and m.offload is Offload.none)
+    found = run(2, *mode.overrides, "engine.overlap_grad_reduce=false", "engine.bucket_parameters=20000")
+    assert_same_curve(found, run(1, *MODES[0].overrides), 1e-5)
+
+
+def test_stage_3_without_persistent_parameters_gives_the_same(run: Run) -> None:
+    found = run(2, "engine=deepspeed", "engine.zero_stage=3", "engine.persistent_parameters=0")
+    assert_same_curve(found, run(1, *MODES[0].overrides), 1e-5)
