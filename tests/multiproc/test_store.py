@@ -274,8 +274,10 @@ def test_newest_passes_over_damage_and_says_so(saved, tmp_path, caplog):
     for step in (1, 2, 3):
         path = Path(shutil.copytree(saved, tmp_path / f"step_{step:08d}"))
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "commit": step}))
-    (tmp_path / "step_00000004" / "tensors").mkdir(parents=True)  # no manifest: not a checkpoint
+        (path / "manifest.json").write_text(json.dumps(store.sealed({**manifest, "commit": step})))
+    (tmp_path / ".step_00000005.tmp-1a2b3c" / "tensors").mkdir(parents=True)  # a save under way
+    shutil.copytree(saved, tmp_path / "step_00000004")
+    (tmp_path / "step_00000004/manifest.json").unlink()
     truncate(tmp_path / "step_00000003/tensors/__1_0.distcp")
     (tmp_path / "step_00000002/state.json").unlink()
     with caplog.at_level(logging.WARNING):
@@ -283,11 +285,12 @@ def test_newest_passes_over_damage_and_says_so(saved, tmp_path, caplog):
     text = "\n".join(caplog.messages)
     assert "step_00000003: tensors/__1_0.distcp:" in text
     assert "step_00000002: state.json: No such file" in text
-    assert "step_00000004" not in text
+    assert "step_00000004: manifest.json: found No such file" in text
+    assert "step_00000005" not in text
     (tmp_path / "step_00000001/state.json").unlink()
     with pytest.raises(UserError, match="only damaged checkpoints"):
         store.newest(tmp_path)
-    assert store.newest(tmp_path / "step_00000004") is None
+    assert store.newest(tmp_path / "elsewhere") is None
 
 
 def test_an_index_that_carries_code_is_refused(ranks, copy):
