@@ -501,7 +501,9 @@ def _optim_options(facts: Facts) -> Iterator[Violation]:
     optim = facts.config.optim
     name = optim.name.value
     if optim.name is OptimName.lion and optim.eps is not None:
-        yield Violation(f"optim.eps={optim.eps:g}", "optim.name=lion", "no eps: Lion has none", "optim.eps=null")
+        yield Violation(
+            f"optim.eps={optim.eps:g}", "optim.name=lion", "no eps: Lion has none", "optim.eps=null"
+        )
     if optim.name is not OptimName.lion and optim.eps is None:
         yield Violation("optim.eps=null", "nothing", f"a number, for optim.name={name}", "optim.eps=1e-8")
     for owner in (OptimName.muon, OptimName.soap):

@@ -161,6 +161,7 @@ VALUE_MISTAKES = {
         "z_loss among technique=[...]",
         "add technique=[z_loss]",
     ),
+    "optim.muon.momentum=0.9": ("optim.muon is null", "optim=muon", "add optim=muon"),
     "train.steps": ("something that is not an override", "key=value", "write key=value"),
     "train.steps=a=b": (
         "something that is not an override",
