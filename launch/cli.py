@@ -53,6 +53,7 @@ VERBS = {
         "launch.generate", "write text with a checkpoint, to look at",
         "megafab.config.generate:GenerateConfig", "generate",
     ),
+    "ckpt": Verb("launch.ckpt", "inspect, verify, reshape, diff, average and convert checkpoints"),
     "report": Verb("launch.report", "one HTML page with the plots of one run or several"),
     "doctor": Verb("launch.doctor", "what is installed, what is missing, whether this node can train"),
 }  # fmt: skip

@@ -285,6 +285,10 @@ class Platform:
         if self.is_cuda:
             torch.cuda.synchronize()
 
+    def host_buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """`count` values of host memory, flat and not initialised, to which the device copies fast."""
+        return torch.empty(count, dtype=dtype, pin_memory=self.is_cuda)
+
     def memory_peak(self) -> int:
         """Peak bytes: allocated on the GPU, or resident for the process on a CPU."""
         if self.is_cuda:

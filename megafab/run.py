@@ -11,6 +11,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     import torch
 
     from megafab.data.loader import Loader
@@ -207,14 +209,26 @@ class Validation:
 
 
 class Checkpoints(Protocol):
-    """Saves all state of a run and brings it back: engine, loader, techniques and progress."""
+    """Saves all state of a run and brings it back: engine, loader, techniques and progress.
+
+    As a context it holds the saves that are written while training goes on: it is left when the last of
+    them is on the disk.
+    """
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the save under way; raises what went wrong with it, if nothing else did."""
+        ...
 
     def restore(self) -> Progress:
         """Fills the run's parts from the checkpoint to start from; `Progress()` where there is none."""
         ...
 
-    def save(self, progress: Progress) -> object:
-        """Everything that the step after `progress` depends on, committed when this returns."""
+    def save(self, progress: Progress, *, wait: bool = False) -> object:
+        """Everything that the step after `progress` depends on; with `wait`, committed when this returns."""
         ...
 
 

@@ -33,7 +33,7 @@ def fit(run: Run) -> Progress:
     progress = run.checkpoints.restore()
     run.telemetry.start(progress)
     part, weights = run.telemetry.timers, run.engine.weights()
-    with closing(run), run.signals:
+    with closing(run), run.signals, run.checkpoints:
         if not run.schedules.remaining(progress):
             run.telemetry.message(
                 f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "
@@ -65,7 +65,7 @@ def fit(run: Run) -> Progress:
             _record(run, plan, progress, outcome, ledger, valid)
             if run.cadence.saves(progress.step, last) or leaving:
                 with part("checkpoint"):
-                    run.checkpoints.save(progress)
+                    run.checkpoints.save(progress, wait=last or leaving)
             if leaving:
                 run.telemetry.message(
                     f"{run.signals.name}: saved after step {progress.step}; run the same command to go on"

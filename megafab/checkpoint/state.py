@@ -7,6 +7,8 @@ so a checkpoint means the same whatever the topology that wrote it.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -14,15 +16,18 @@ import platform
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megafab.checkpoint import store
+from megafab.checkpoint import identity, store
 from megafab.checkpoint.config import CheckpointConfig
 from megafab.checkpoint.pieces import LogicalTensor
+from megafab.checkpoint.snapshot import Background, Snapshot
 from megafab.errors import UserError
 from megafab.run import Progress
+from megafab.telemetry.rows import METRICS_FILE
 
 # What a checkpoint's weights mean, and names and shapes of tensors may not tell.
 _MEANING = tuple(
@@ -87,16 +92,20 @@ class TechniquesState(Protocol):
 class Checkpoints:
     """Saves a run and brings it back. All methods are collectives over the ranks of `group`.
 
+    With `config.asynchronous`, a save copies the state and returns; a thread writes the copy. One save at a
+    time is under way: the next one, and the end of the context, wait for it. Where it failed, the error is
+    logged at once, and the next save is made and waited for in place: if that fails too, it raises.
+
     Args:
         config: when to save, what to keep, where to start from.
         run_dir: checkpoints are in its `checkpoints/`.
         engine: owner of weights and optimizer.
         loader: owner of the position in the data.
         techniques: the bus of those that are on.
-        data: fingerprints that must agree for a resume to be exact: `corpus` and `tokenizer`.
+        data: the identity of the data (`identity.py`), which must agree for a resume to be exact.
         resolved: the whole configuration as plain values, to be found beside the weights.
         topology: sizes of the parallel axes, for the reader; a resume does not depend on them.
-        message: shows one line to the user.
+        message: shows one line to the user; from any thread.
         group: process group of host memory; None: all ranks.
     """
 
@@ -108,32 +117,158 @@ class Checkpoints:
         engine: EngineState,
         loader: LoaderState,
         techniques: TechniquesState,
-        data: Mapping[str, str],
+        data: identity.Identity,
         resolved: Mapping[str, Any],
         topology: Mapping[str, int],
         message: Callable[[str], None],
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config = config
-        self._directory = Path(run_dir) / "checkpoints"
+        self._run_dir, self._directory = Path(run_dir), Path(run_dir) / "checkpoints"
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
         self._message = message
         self._group, self._team = group, store.Team(group)
         self._lineage: list[dict[str, Any]] = []
+        self._snapshot, self._background = Snapshot(), Background()
+        # A group of the thread's own: two threads that talk in one would take each other's messages.
+        separate = config.asynchronous and not self._team.alone
+        self._thread_group = _new_group_like(group) if separate else None
 
-    def save(self, progress: Progress) -> Path:
-        """Commit a checkpoint of this moment; on return it is on the disk.
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the save under way; not when the process is told to end at once.
+
+        Raises:
+            UserError: it failed, and no other error is on its way.
+        """
+        if kind is None:
+            failed = self._settled()
+            if failed is not None:
+                raise failed
+        elif issubclass(kind, Exception):  # perhaps of this rank alone: nothing may wait for the others
+            self._background.wait()
+
+    def save(self, progress: Progress, *, wait: bool = False) -> Path:
+        """Commit a checkpoint of this moment; with `wait`, or without `asynchronous`, before it returns.
+
+        Returns: where it is, or will be.
 
         Raises:
             UserError: it could not be written (disk full, permission); earlier ones are untouched.
         """
         begin = time.perf_counter()
-        state = {
+        failed = self._settled()
+        if failed is not None:
+            self._message(f"{failed}; saving after step {progress.step} in place")
+        state, tensors = self._state(progress), self._tensors()
+        if wait or failed is not None or not self._config.asynchronous:
+            path = self._write(progress.step, tensors, state, self._group)
+            self._message(f"saved {path} in {time.perf_counter() - begin:.1f} s")
+            return path
+        copies, state = self._snapshot.take(tensors), copy.deepcopy(state)
+        copied = time.perf_counter() - begin
+
+        def write() -> None:
+            try:
+                path = self._write(progress.step, copies, state, self._thread_group)
+            except Exception as error:
+                if self._team.leads:
+                    store.log.error("%s; training goes on until the next save", error)
+                raise
+            taken = time.perf_counter() - begin
+            self._message(f"saved {path} in {taken:.1f} s; training waited {copied:.2f} s")
+
+        self._background.start(write)
+        return store.path_of(self._directory, progress.step)
+
+    def restore(self) -> Progress:
+        """Bring the run to where `checkpoint.resume` says; `Progress()` if there is nothing to resume from.
+
+        With `auto` or a run directory, a damaged checkpoint is passed over with a warning and the one before
+        it taken; every file is hashed before any is trusted, the ranks sharing the work. A run that was
+        started from a path and has saved since goes on from there, so that the same command continues it.
+
+        Other data, another model and another optimizer are refused; other settings that changed are told and
+        take effect. A checkpoint of weights alone begins a new run.
+
+        Raises:
+            UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
+                `none` where there is a run already.
+        """
+        path, named = self._chosen()
+        if path is None:
+            return Progress()
+        state = self._team.one(lambda: store.read_state(path))
+        changes = list(_changes(state["config"], self._resolved))
+        self._require_same_model(path, changes)
+        if state["weights_only"]:
+            self._begin_from_weights(path, state)
+            return Progress()
+        changed_data = identity.differences(state["data"], self._data)
+        if changed_data and not self._config.allow_data_change:
+            raise self._refused(
+                path,
+                f"other data than the checkpoint's: {'; '.join(changed_data)}",
+                "the same samples in the same order, for the resumed run to equal the unbroken one",
+                "undo the change, begin a new run.dir, or accept it: checkpoint.allow_data_change=true",
+            )
+        self._require_same_optimizer(path)
+        self._message(f"resuming from {path}")
+        if changes:
+            told = (f"{key} from {_shown(then)} to {_shown(now)}" for key, then, now in changes)
+            self._message(f"changed since the checkpoint: {', '.join(told)}")
+        axes = [
+            f"{a} {state['topology'][a]} to {n}"
+            for a, n in self._topology.items()
+            if state["topology"][a] != n
+        ]
+        if axes:
+            self._message(f"the topology changed: {', '.join(axes)}")
+        self._techniques.load_state_dict(state["techniques"])
+        store.load(path, self._tensors(only=state["techniques"]), group=self._group)
+        self._engine.load_state_dict(state["engine"])
+        position = state["loader"]
+        if changed_data:
+            self._message(f"the data changed: {'; '.join(changed_data)}")
+            position = identity.carried_on(position, self._loader.state_dict(), state["data"], self._data)
+        self._loader.load_state_dict(position)
+        self._remember(path, state, named)
+        return Progress(**state["progress"])
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[str, LogicalTensor],
+        state: Mapping[str, Any],
+        group: dist.ProcessGroup | None,
+    ) -> Path:
+        keep, keep_every = self._config.keep, self._config.keep_every
+        return store.save(
+            self._directory, step, tensors, state, keep=keep, keep_every=keep_every, group=group
+        )
+
+    def _settled(self) -> UserError | None:
+        """Wait for the save under way; why it could not be written, if so, the same on all ranks."""
+        if not self._config.asynchronous:
+            return None
+        mine = self._background.wait()
+        first = next((error for error in self._team.each(lambda: mine) if error is not None), None)
+        if first is not None and not isinstance(first, UserError):
+            raise first
+        return first
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return {
             "progress": dataclasses.asdict(progress),
             "loader": self._loader.state_dict(),
             "engine": self._engine.state_dict(),
             "techniques": self._techniques.state_dict(),
+            "weights_only": False,
             "data": self._data,
             "config": self._resolved,
             "topology": self._topology,
@@ -141,56 +276,25 @@ class Checkpoints:
             "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "lineage": self._lineage,
         }
-        tensors = self._tensors()
-        path = store.save(
-            self._directory, progress.step, tensors, state, keep=self._config.keep, group=self._group
-        )
-        self._message(f"saved {path} in {time.perf_counter() - begin:.1f} s")
-        return path
 
-    def restore(self) -> Progress:
-        """Bring the run to where `checkpoint.resume` says; `Progress()` if there is nothing to resume from.
-
-        With `auto` or a run directory, a damaged checkpoint is passed over with a warning and the one before
-        it taken; every file is hashed before any is trusted, the ranks sharing the work.
-
-        Another model is refused; other settings that changed are told and take effect.
-
-        Raises:
-            UserError: a path without a checkpoint, damage, other data, or tensors that do not fit the model.
-        """
-        path = self._chosen()
-        if path is None:
-            return Progress()
-        state = self._team.one(lambda: store.read_state(path))
-        self._require_same_data(path, state)
-        changes = list(_changes(state["config"], self._resolved))
-        self._require_same_model(path, changes)
-        self._message(f"resuming from {path}")
-        if changes:
-            told = (f"{key} from {_shown(then)} to {_shown(now)}" for key, then, now in changes)
-            self._message(f"changed since the checkpoint: {', '.join(told)}")
-        if state["topology"] != self._topology:
-            self._message(f"the topology was {state['topology']}, it is {self._topology}")
-        self._techniques.load_state_dict(state["techniques"])
-        store.load(path, self._tensors(only=state["techniques"]), group=self._group)
-        self._engine.load_state_dict(state["engine"])
-        self._loader.load_state_dict(state["loader"])
-        progress = Progress(**state["progress"])
-        self._lineage = [
-            *state["lineage"],
-            {"from": str(path), "step": progress.step, "written_at": state["written_at"]},
-        ]
-        return progress
-
-    def _chosen(self) -> Path | None:
+    def _chosen(self) -> tuple[Path | None, bool]:
+        """The checkpoint to start from, and whether it was named rather than found in this run."""
         where, team = self._config.resume, self._team
+        own = team.one(lambda: store.candidates(self._directory))
         if where == "none":
-            return None
+            team.one(lambda: self._require_unused(own))
+            return None, False
         if where == "auto":
-            paths = team.one(lambda: store.candidates(self._directory))
+            paths = own
         else:
             paths = team.one(lambda: store.locate(Path(where)))
+            if own and team.one(lambda: self._has_gone_on(own, paths)):
+                self._message(f"this run has gone on from {where}: it continues where it was")
+                paths = own
+        if paths is own and own:
+            problem = team.one(lambda: store.check_latest(self._directory))
+            if problem:
+                self._message(f"{problem}; nothing depends on it, and the next save writes it again")
 
         def check(path: Path) -> dict[str, str]:
             parts = team.each(lambda: store.verify(path, part=team.rank, parts=team.size))
@@ -199,18 +303,56 @@ class Checkpoints:
         path, damaged = store.first_intact(paths, check)
         for problem in damaged:
             self._message(f"passing over a damaged checkpoint: {problem}")
-        return path
+        return path, paths is not own
 
-    def _require_same_data(self, path: Path, state: Mapping[str, Any]) -> None:
-        saved = state["data"]
-        for what in sorted(saved.keys() | self._data.keys()):
-            if saved.get(what) != self._data.get(what):
-                raise UserError(
-                    f"checkpoint.resume={self._config.resume} ({path}), {what}",
-                    f"fingerprint {saved.get(what)} there and {self._data.get(what)} in this run's data.path",
-                    "the same data, for the resumed run to equal the unbroken one",
-                    "point data.path at the data of the checkpoint, or begin a new run.dir",
-                )
+    def _require_unused(self, own: Sequence[Path]) -> None:
+        rows = self._run_dir / METRICS_FILE
+        if own or (rows.exists() and rows.stat().st_size):
+            raise UserError(
+                f"checkpoint.resume=none, run.dir={self._run_dir}",
+                f"a run there already, {own[0].name} its last checkpoint" if own else "a run there already",
+                "an empty run directory, for nothing of another run to be lost",
+                "checkpoint.resume=auto goes on with it; or give run.dir another place",
+            )
+
+    def _has_gone_on(self, own: Sequence[Path], sources: Sequence[Path]) -> bool:
+        """Whether this run began from one of `sources` and has saved since.
+
+        Raises:
+            UserError: it is another run.
+        """
+        origins = {str(path.resolve()) for path in sources}
+        for path in own:
+            with contextlib.suppress(OSError, ValueError, LookupError):  # damaged: ask an older one
+                if any(entry["from"] in origins for entry in store.read_state(path)["lineage"]):
+                    return True
+                break
+        if all(path.resolve().parent == self._directory.resolve() for path in sources):
+            return False  # it goes back
+        raise UserError(
+            f"checkpoint.resume={self._config.resume}, run.dir={self._run_dir}",
+            f"a run there already that did not begin from it, {own[0].name} its last checkpoint",
+            "an empty run directory, for nothing of another run to be lost",
+            "checkpoint.resume=auto goes on with what is there; or give run.dir another place",
+        )
+
+    def _begin_from_weights(self, path: Path, state: Mapping[str, Any]) -> None:
+        """A new run with the weights of a checkpoint that has nothing else to go on with."""
+        self._message(f"starting from the weights of {path}")
+        tensors = self._engine.sharded_state()
+        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(store.WEIGHT)}
+        store.load(path, weights, group=self._group)
+        self._engine.load_state_dict(self._engine.state_dict())
+        self._remember(path, state, named=True)
+
+    def _remember(self, path: Path, state: Mapping[str, Any], named: bool) -> None:
+        """Where the weights come from: every checkpoint that was named, not those of a run that went on."""
+        origin = {"from": str(path.resolve()), "step": state["progress"]["step"]}
+        origin["written_at"] = state["written_at"]
+        self._lineage = [*state["lineage"], *([origin] if named else [])]
+
+    def _refused(self, path: Path, found: str, expected: str, fix: str) -> UserError:
+        return UserError(f"checkpoint.resume={self._config.resume} ({path})", found, expected, fix)
 
     def _require_same_model(self, path: Path, changes: Sequence[tuple[str, Any, Any]]) -> None:
         for key, then, now in changes:
@@ -222,6 +364,20 @@ class Checkpoints:
                     f"resume with {key}={_shown(then)}, or begin a new run.dir",
                 )
 
+    def _require_same_optimizer(self, path: Path) -> None:
+        """What the optimizer keeps of each parameter is what the checkpoint has of it."""
+        mine = {name.partition("/")[0] for name in self._engine.sharded_state()}
+        kept = sorted(set[str]().union(*self._team.each(lambda: mine)))
+        names = self._team.one(lambda: store.tensor_names(path))
+        saved = sorted({name.partition("/")[0] for name in names} - {"techniques"})
+        if saved != kept:
+            raise self._refused(
+                path,
+                f"{', '.join(saved)} of each parameter, as another optimizer keeps them",
+                f"{', '.join(kept)}, as optim.name={self._resolved['optim']['name']} does",
+                "resume with the optimizer that the checkpoint was written with, or begin a new run.dir",
+            )
+
     def _tensors(self, only: Container[str] | None = None) -> dict[str, LogicalTensor]:
         """All logical tensors by name; a technique's are under `techniques/<its name>/`."""
         theirs = self._techniques.sharded_state(self._engine.weights(), only)
@@ -229,6 +385,12 @@ class Checkpoints:
             **self._engine.sharded_state(),
             **{f"techniques/{name}": tensor for name, tensor in theirs.items()},
         }
+
+
+def _new_group_like(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    made = dist.new_group(backend=dist.get_backend(group))
+    assert isinstance(made, dist.ProcessGroup)  # this rank is in it
+    return made
 
 
 def _changes(

@@ -9,13 +9,16 @@
         .step_00000200.tmp-1f3a9c/  a save under way, or the leftovers of a dead one: removed by the next save
 
 Tensors are never gathered: each rank writes the pieces it owns and reads the boxes it needs, whatever the
-number of ranks was when they were written.
+number of ranks was when they were written. No byte passes through memory more often than it must: a file is
+hashed while it is written, and a box is read into the tensor it belongs to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -27,15 +30,16 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -54,12 +58,16 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
 
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS, LATEST = "manifest.json", "state.json", "tensors", "latest"
+INDEX = ".metadata"
+WEIGHT = "weight/"  # what engines put before the global name of an fp32 master
+_LARGE = 1 << 20  # bytes of a write from which on hashing it in a second thread pays
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,19 +126,25 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int,
+    keep_every: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write one checkpoint and, once it is committed, delete all but the `keep` newest. A collective.
+    """Write one checkpoint and, once it is committed, delete those that are kept no longer. A collective.
 
     When it returns, on any rank, the checkpoint is on the disk. When it raises, the directory is as it was
     before. A checkpoint of the same step is replaced.
+
+    It is checked before anything older goes: the manifest is read back, and every file has the size that
+    its writer counted. Content is hashed on its way to the disk, not read back: a read would be answered
+    from memory and say nothing of the disk. It is hashed again when a run resumes from it.
 
     Args:
         directory: `<run.dir>/checkpoints`, on a filesystem that all ranks share.
         step: names the checkpoint.
         tensors: this rank's part of every logical tensor it holds.
         state: JSON-able; that of rank 0 is written.
-        keep: checkpoints to keep, at least 1.
+        keep: newest checkpoints to keep, at least 1; one that is damaged does not count.
+        keep_every: steps that are multiples of it are kept for ever; 0: none.
         group: see `Team`.
 
     Raises:
@@ -140,10 +154,9 @@ def save(
     team = Team(group)
     draft = team.one(lambda: _begin(directory, step))
     try:
-        _write_tensors(draft / TENSORS, tensors, team)
-        described = team.each(lambda: _describe(draft, team.rank))
-        files = {name: entry for part in described for name, entry in part.items()}
-        return team.one(lambda: _commit(draft, step, files, state, keep, team.size))
+        written = _write_tensors(draft / TENSORS, tensors, team)
+        files = {name: entry for part in team.each(lambda: written) for name, entry in part.items()}
+        return team.one(lambda: _commit(draft, step, files, state, keep, team.size, keep_every))
     except BaseException:
         if team.leads:
             shutil.rmtree(draft, ignore_errors=True)
@@ -160,7 +173,7 @@ def load(path: Path, tensors: Mapping[str, LogicalTensor], *, group: dist.Proces
         UserError: on all ranks; a tensor is missing or has another shape or type.
     """
     team = Team(group)
-    with _dcp_errors(path):
+    with _dcp_errors(path, team.alone):
         state_dict_loader.load(
             dict(tensors),
             storage_reader=_Reader(path / TENSORS),
@@ -168,6 +181,16 @@ def load(path: Path, tensors: Mapping[str, LogicalTensor], *, group: dist.Proces
             process_group=team.group,
             no_dist=team.alone,
         )
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step_{step:08d}"
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of all tensors of the checkpoint at `path`."""
+    return list(_Reader(path / TENSORS).read_metadata().state_dict_metadata)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -185,16 +208,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     fix = "name a directory `step_XXXXXXXX` that a save has finished"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        written, files = manifest["format"], manifest["files"]
-        assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in files.values())
-        assert isinstance(manifest["commit"], int)
+        written, intact = manifest["format"], sealed(manifest) == manifest
     except OSError as error:
         raise UserError(where, error.strerror or str(error), "a committed checkpoint", fix) from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(where, "damaged content", "a manifest as `save` writes it", fix) from error
     if written != FORMAT:
         raise UserError(where, f"format {written}", f"format {FORMAT}", "use the version that wrote it")
+    if not intact:
+        raise UserError(where, "damaged content", "a manifest as `save` writes it", fix)
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`manifest` with the hash of its own content, by which a change of any of its values shows."""
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def quick_check(path: Path) -> dict[str, str]:
@@ -228,17 +258,29 @@ def candidates(directory: Path) -> list[Path]:
     """Checkpoints in `directory`, the last committed first.
 
     The order is that of commits, not of steps: a run that went back to an early checkpoint continues from
-    what it saved since. Directories without a manifest are not checkpoints; those whose manifest is damaged
-    come first, to be reported by a check.
+    what it saved since. Those whose manifest is damaged or missing come first, to be reported by a check: a
+    save names a directory `step_*` only when its manifest is there.
     """
     ranked = []
     for path in directory.glob("step_*"):
-        if (path / MANIFEST).exists():
-            try:
-                ranked.append((read_manifest(path)["commit"], path))
-            except UserError:
-                ranked.append((float("inf"), path))
+        manifest = _manifest_or_none(path)
+        ranked.append((float("inf") if manifest is None else manifest["commit"], path))
     return [path for _, path in sorted(ranked, reverse=True)]
+
+
+def check_latest(directory: Path) -> str:
+    """What is wrong with the pointer `latest` in `directory`, which has checkpoints; empty: nothing.
+
+    Nothing is read through it. It may name an older checkpoint: a save was killed before it moved.
+    """
+    try:
+        name = (directory / LATEST).read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        name = getattr(error, "strerror", None) or "damaged content"
+    else:
+        if (directory / name / MANIFEST).exists() and name.startswith("step_"):
+            return ""
+    return f"{directory / LATEST}: found {name!r}, expected the name of a checkpoint beside it"
 
 
 def first_intact(
@@ -324,7 +366,7 @@ def _describe(draft: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that this rank wrote; rank 0 writes the index of tensors too."""
     paths = list((draft / TENSORS).glob(f"__{rank}_*"))
     if rank == 0:
-        paths.append(draft / TENSORS / ".metadata")
+        paths.append(draft / TENSORS / INDEX)
     return {f"{TENSORS}/{path.name}": _entry(path) for path in paths}
 
 
@@ -339,6 +381,7 @@ def _commit(
     state: Mapping[str, Any],
     keep: int,
     ranks: int,
+    keep_every: int = 0,
 ) -> Path:
     directory = draft.parent
     _write(draft / STATE, json.dumps(state, indent=1))
@@ -362,10 +405,14 @@ def _commit(
         "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": files,
     }
-    _write(draft / MANIFEST, json.dumps(manifest, indent=1))
+    _write(draft / MANIFEST, json.dumps(sealed(manifest), indent=1))
     _sync_directory(draft / TENSORS)
     _sync_directory(draft)
-    final = directory / f"step_{step:08d}"
+    problems = quick_check(draft)
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise UserError(str(draft / name), problem, "what was just written", "check the disk")
+    final = path_of(directory, step)
     if final.exists():
         final.rename(_aside(directory, step))
     draft.rename(final)
@@ -373,13 +420,27 @@ def _commit(
     # Committed: what follows is housekeeping, whose failure must not be taken for that of the save.
     try:
         _point_latest(directory, final.name)
-        for path in candidates(directory)[keep:]:
+        for path in _expired(directory, keep, keep_every):
             _discard(path)
         for replaced in directory.glob(".step_*.tmp-*"):
             shutil.rmtree(replaced)
     except OSError as error:
         log.warning("saved %s, but could not tidy up %s: %s", final, directory, error)
     return final
+
+
+def _expired(directory: Path, keep: int, keep_every: int) -> list[Path]:
+    """Checkpoints older than the `keep` newest sound ones, but for every `keep_every`-th step.
+
+    One whose manifest is damaged has no place in the order: it is left for the user to look at.
+    """
+    expired, sound = [], 0
+    for path in candidates(directory):
+        if sound < keep:
+            sound += not quick_check(path)
+        elif not keep_every or int(path.name.removeprefix("step_")) % keep_every:
+            expired.append(path)
+    return expired
 
 
 def _manifest_or_none(path: Path) -> dict[str, Any] | None:
@@ -434,15 +495,20 @@ def _wrong_size(path: Path, size: int) -> str:
 # Tensors: logical tensors in terms of torch.distributed.checkpoint.
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, LogicalTensor], team: Team) -> None:
-    with _dcp_errors(directory):
+def _write_tensors(
+    directory: Path, tensors: Mapping[str, LogicalTensor], team: Team
+) -> dict[str, dict[str, Any]]:
+    """Size and hash of the files that this rank wrote, by their names in the manifest."""
+    writer = _Writer(directory)
+    with _dcp_errors(directory, team.alone):
         state_dict_saver.save(
             dict(tensors),
-            storage_writer=_Writer(directory),
+            storage_writer=writer,
             planner=_SavePlanner(tensors),
             process_group=team.group,
             no_dist=team.alone,
         )
+    return {f"{TENSORS}/{name}": entry for name, entry in writer.fs.written.items()}
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -468,7 +534,7 @@ class _SavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
-        return self._pieces[index.fqn, tuple(index.offset)].detach().contiguous()
+        return _alone_in_storage(self._pieces[index.fqn, tuple(index.offset)].detach().contiguous())
 
 
 class _LoadPlanner(LoadPlanner):
@@ -522,6 +588,14 @@ class _LoadPlanner(LoadPlanner):
         """`tensor` is a view of the piece: written already."""
 
 
+def _alone_in_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor whose storage is no larger, which `torch.save` writes without a copy."""
+    if not tensor.is_cpu or not tensor.numel() or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    memory = tensor.view(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 def _by_offset(tensors: Mapping[str, LogicalTensor]) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
     return {(name, piece.offset): piece.tensor for name, t in tensors.items() for piece in t.pieces}
 
@@ -559,8 +633,70 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _HashingFileSystem(FileSystem):
+    """The local files, of which each that is written is hashed on the way: `written` has the results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with open(path, "wb") as raw, ThreadPoolExecutor(1) as pool:
+            stream = _HashedFile(raw, pool)
+            yield stream
+        # The index is written beside its name and then renamed.
+        self.written[Path(path).name.removesuffix(".tmp")] = stream.entry()
+
+
+class _HashedFile(io.RawIOBase):
+    """A file to write, and the hash of what was written; the pool's thread hashes what this one writes."""
+
+    def __init__(self, raw: BinaryIO, pool: ThreadPoolExecutor) -> None:
+        self._raw, self._pool = raw, pool
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) < _LARGE:
+            self._hash.update(view)
+            self._raw.write(view)
+        else:
+            hashed = self._pool.submit(self._hash.update, view)
+            try:
+                self._raw.write(view)
+            finally:
+                hashed.result()  # `data` is the caller's again when this returns
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        self._raw.flush()  # it is asked for to sync the file
+        return self._raw.fileno()
+
+    def entry(self) -> dict[str, Any]:
+        """Size and hash, as the manifest has them."""
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+
 class _Writer(FileSystemWriter):
-    """The file writer; raises what the system said when the disk is full, not what the archive made of it."""
+    """The file writer; hashes, and raises what the system said when the disk is full."""
+
+    fs: _HashingFileSystem
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = _HashingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # by default, the path of the draft
@@ -568,7 +704,7 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan, planner):
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:
+        except RuntimeError as error:  # what the archive made of it
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -576,11 +712,93 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """The file reader, which runs no code that somebody put into a checkpoint's index."""
+    """The file reader. Reads boxes into their place, and runs no code that somebody put into the index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with (Path(self.path) / INDEX).open("rb") as file:
             return _MetadataUnpickler(file).load()
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._shapes = {
+            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for name, saved in metadata.state_dict_metadata.items()
+            if isinstance(saved, TensorStorageMetadata)
+            for chunk in saved.chunks
+        }
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with open(Path(self.path) / name, "rb", buffering=0) as file:
+                items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+                for item in items:
+                    self._read(file, item, planner.resolve_tensor(item))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, file: io.FileIO, item: ReadItem, target: torch.Tensor) -> None:
+        """The part of a stored box that `item` asks for, into `target`, by way of the rows it is in."""
+        assert item.storage_index.offset is not None
+        shape = self._shapes[item.storage_index.fqn, tuple(item.storage_index.offset)]
+        inner = shape[1:]
+        first, rows = (item.storage_offsets[0], item.lengths[0]) if shape else (0, 1)
+        row = math.prod(inner) * target.element_size()
+        start = self._begin_of_values(file, self.storage_data[item.storage_index]) + first * row
+        if target.is_cpu and target.is_contiguous() and tuple(item.lengths[1:]) == inner:
+            _read_into(file, start, target)
+            return
+        band = torch.empty((rows, *inner) if shape else (), dtype=target.dtype)
+        _read_into(file, start, band)
+        parts = zip(item.storage_offsets[1:], item.lengths[1:], strict=True)
+        target.copy_(band[(..., *(slice(offset, offset + length) for offset, length in parts))])
+
+    @staticmethod
+    def _begin_of_values(file: io.FileIO, stored: Any) -> int:
+        """Where in the file the values of a box begin: what `torch.save` writes is an archive of records."""
+        archive: Any = torch._C.PyTorchFileReader(cast(IO[bytes], _Slice(file, stored.offset, stored.length)))
+        return stored.offset + archive.get_record_offset("data/0")
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: self._length - self._at]
+        count = os.preadv(self._file.fileno(), [view], self._start + self._at)
+        self._at += count
+        return count
+
+
+def _read_into(file: io.FileIO, start: int, target: torch.Tensor) -> None:
+    """Fill a contiguous tensor with the bytes from `start` on."""
+    if not target.numel():
+        return
+    view, done = target.view(-1).view(torch.uint8).numpy().data, 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], start + done)
+        if not count:
+            raise OSError(errno.EIO, "the file ends too early", file.name)
+        done += count
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -617,11 +835,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def _dcp_errors(path: Path) -> Iterator[None]:
+def _dcp_errors(path: Path, alone: bool = True) -> Iterator[None]:
     """Give all ranks the same plain error for what torch.distributed.checkpoint collected from them."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # It warns those who are alone. A save in a thread is never that, and filters are for all threads.
+        with warnings.catch_warnings() if alone else contextlib.nullcontext():
+            if alone:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
         rank, (cause, trace) = min(error.failures.items())

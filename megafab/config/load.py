@@ -321,6 +321,8 @@ def _switched_off(
             both = ",".join(part for part in (*chosen[-1:], name) if part)
             fix = f"add {group.name}=[{both}]"
             return ConfigError(text, f"{name} switched off", f"{name} among {group.name}=[...]", fix)
+        if section == f"{group.name}.{name}" and name in group.options:
+            return ConfigError(text, f"{section} is null", f"{group.name}={name}", f"add {group.name}={name}")
     return ConfigError(text, f"{section} is null", "a section", f"set {section}={{...}}")
 
 

@@ -21,7 +21,7 @@ from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
-from megafab.optim.config import ScheduleKind
+from megafab.optim.config import WHOLE_MATRICES, OptimName, ScheduleKind
 from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
@@ -172,12 +172,13 @@ _AT_LEAST_ONE = (
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
+    *("optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
     *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
     "engine.persistent_parameters",
-    "checkpoint.every",
+    *("checkpoint.every", "checkpoint.keep_every"),
 )
 
 
@@ -239,6 +240,9 @@ _RANGES = (
     _below_one("optim.beta2"),
     _positive("optim.eps"),
     _not_negative("optim.clip"),
+    _below_one("optim.muon.momentum"),
+    _positive("optim.muon.adamw_lr_ratio"),
+    _below_one("optim.soap.shampoo_beta"),
     _not_negative("schedule.warmup"),
     _not_negative("schedule.decay"),
     _Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
@@ -558,6 +562,53 @@ def _zero_only(engine: EngineConfig) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in given if value is not None]
 
 
+# -- the optimizer -------------------------------------------------------------------------------------------
+
+
+@rule("optim-options", relates=False)
+def _optim_options(facts: Facts) -> Iterator[Violation]:
+    optim = facts.config.optim
+    name = optim.name.value
+    if optim.name is OptimName.lion and optim.eps is not None:
+        yield Violation(
+            f"optim.eps={optim.eps:g}", "optim.name=lion", "no eps: Lion has none", "optim.eps=null"
+        )
+    if optim.name is not OptimName.lion and optim.eps is None:
+        yield Violation("optim.eps=null", "nothing", f"a number, for optim.name={name}", "optim.eps=1e-8")
+    for owner in (OptimName.muon, OptimName.soap):
+        section, given = f"optim.{owner.value}", value_at(optim, owner.value) is not None
+        if given and optim.name is not owner:
+            fix = f"optim={owner.value}, or leave {section} out"
+            yield Violation(section, f"optim.name={name}", f"optim.name={owner.value}, which they set", fix)
+        if optim.name is owner and not given:
+            fix = f"choose optim={owner.value}, which has them"
+            yield Violation(f"optim.name={name}", f"{section} is null", "its settings", fix)
+
+
+@rule("whole-matrices")
+def _whole_matrices(facts: Facts) -> Iterator[Violation]:
+    optim, engine = facts.config.optim.name, facts.config.engine.name
+    if optim in WHOLE_MATRICES and engine is EngineName.deepspeed:
+        yield Violation(
+            f"engine.name=deepspeed optim.name={optim.value}",
+            "ZeRO, which deals parameters to ranks in flat ranges",
+            "an optimizer that updates every element on its own: adamw or lion",
+            f"engine=megatron, which deals them to {optim.value} in whole matrices; or optim=adamw",
+        )
+
+
+@rule("whole-matrices-gather")
+def _whole_matrices_gather(facts: Facts) -> Iterator[Violation]:
+    optim = facts.config.optim.name
+    if optim in WHOLE_MATRICES and facts.config.engine.overlap_param_gather:
+        yield Violation(
+            "engine.overlap_param_gather=true",
+            f"optim.name={optim.value}",
+            "adamw or lion: new matrices are sent to the other ranks at the end of the step",
+            "engine.overlap_param_gather=false",
+        )
+
+
 # -- the run -------------------------------------------------------------------------------------------------
 
 
@@ -658,6 +709,25 @@ def _whole_steps(facts: Facts) -> Iterator[Violation]:
         if math.isfinite(value) and value >= 1 and value != round(value):
             expected = "a share of the run (below 1) or whole steps"
             yield Violation(f"{key}={value:g}", f"{value:g}", expected, f"{key}={round(value)}")
+
+
+@rule("keep-every")
+def _keep_every(facts: Facts) -> Iterator[Violation]:
+    every, kept = facts.config.checkpoint.every, facts.config.checkpoint.keep_every
+    if kept and (not every or kept % every):
+        fix = "set checkpoint.every, or leave checkpoint.keep_every out"
+        if every:
+            fix = f"checkpoint.keep_every={_next_multiple(kept, every)}, or another checkpoint.every"
+        expected = "a multiple of checkpoint.every: other steps are not saved"
+        yield Violation(f"checkpoint.keep_every={kept}", f"checkpoint.every={every}", expected, fix)
+
+
+@rule("data-change", relates=False)
+def _data_change(facts: Facts) -> Iterator[Violation]:
+    checkpoint = facts.config.checkpoint
+    if checkpoint.allow_data_change and checkpoint.resume == "none":
+        expected, fix = "a checkpoint whose data could differ", "leave checkpoint.allow_data_change out"
+        yield Violation("checkpoint.allow_data_change=true", "checkpoint.resume=none", expected, fix)
 
 
 @rule("eval-samples")

@@ -1,35 +1,69 @@
-"""`engine=megatron`: Megatron-core's data parallel buffers and its distributed optimizer.
+"""`engine=megatron`: Megatron-core's data parallel buffers, and the sharded optimizer that suits the update.
 
-Gradients accumulate in fp32 buffers, are reduce-scattered bucket by bucket while backward goes on, and
-every data rank updates its slice of the fp32 master weights; the new weights are then gathered.
+Gradients accumulate in fp32 buffers and are reduced bucket by bucket while backward goes on: scattered to
+core's distributed optimizer (`distributed.py`) for AdamW and Lion, summed for Muon and SOAP, whose
+matrices the ranks share out whole (`layerwise.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.module import MegatronModule
 
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.base import LossFunction, WeightEditor
 from megafab.engine.config import EngineConfig
+from megafab.engine.distributed import Distributed
+from megafab.engine.layerwise import LayerWise
 from megafab.engine.schedule import Schedule
-from megafab.engine.slices import MasterWeights, Slice, global_norm, is_owner
+from megafab.engine.slices import MasterWeights, Slice, global_norm, update_scale
 from megafab.loss.ledger import LossLedger
 from megafab.model.gpt import GPT
 from megafab.model.plan import ModelPlan
-from megafab.model.tags import TaggedParameter, tag_all
-from megafab.optim import elementwise
-from megafab.optim.config import OptimConfig
+from megafab.model.tags import tag_all
+from megafab.optim.config import WHOLE_MATRICES, OptimConfig
 from megafab.run import Action, Batch, GradStats, StepOutcome, StepPlan, Verdict
 from megafab.techniques.base import Clock
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
+
+
+class ShardedOptimizer(Protocol):
+    """Masters and moments of this rank, of model chunks in core's DDP."""
+
+    slices: list[Slice]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        ...
+
+    def prepare(self) -> None:
+        """Bring the reduced gradients to where they are needed. A collective, as are `step` and `commit`."""
+        ...
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """The gradients of `slices`, flat, to be scaled in place; between `prepare` and `step`."""
+        ...
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Update the masters by the gradients, and the model from the masters."""
+        ...
+
+    def set_updates(self, updates: int) -> None:
+        """Set the counters that follow from the count of updates."""
+        ...
+
+    def commit(self) -> None:
+        """Update the model from the masters."""
+        ...
+
+    def factors(self) -> Mapping[str, LogicalTensor]:
+        """State that is not shaped like a parameter, and so is not in `slices`."""
+        ...
 
 
 class MegatronEngine:
@@ -60,16 +94,15 @@ class MegatronEngine:
         ledger: Callable[[], LossLedger],
     ) -> None:
         self._clip, self._clock, self._ledger = optim.clip, clock, ledger
-        tagged = {id(t.parameter): t for t in tag_all(chunks, groups)}
-        self._chunks = _wrap(chunks, plan, engine)
-        self._optimizer = get_megatron_optimizer(
-            _optimizer_config(optim, plan, engine),
-            list[MegatronModule](self._chunks),
-            use_gloo_process_groups=False,
+        tagged = tag_all(chunks, groups)
+        whole_matrices = optim.name in WHOLE_MATRICES
+        self._chunks = _wrap(chunks, plan, engine, distributed=not whole_matrices)
+        self._optimizer: ShardedOptimizer = (
+            LayerWise(tagged, plan.shape, groups, engine, optim, plan.transformer.params_dtype)
+            if whole_matrices
+            else Distributed(self._chunks, tagged, plan.transformer, groups, engine, optim)
         )
-        _replace_inner(self._optimizer, optim)
-        slices = _slices(self._optimizer, elementwise.MOMENTS[optim.name], tagged, groups)
-        self._masters = MasterWeights(slices, self._gather_weights)
+        self._masters = MasterWeights(self._optimizer.slices, self._optimizer.commit)
         self._groups, self._updates = groups, 0
         self._seed_dropout = groups.seed_dropout if plan.shape.config.dropout else None
         self._schedule = Schedule(self._chunks, plan.transformer, groups, context_method, clock)
@@ -87,26 +120,21 @@ class MegatronEngine:
 
     def gradient_stats(self) -> GradStats:
         """The global norm, which is finite exactly when every gradient of the job is."""
-        self._optimizer.prepare_grads()
-        norm = global_norm(((s, _gradient(s)) for s in self._masters.slices.values()), self._groups)
+        self._optimizer.prepare()
+        pairs = zip(self._optimizer.slices, self._optimizer.gradients(), strict=True)
+        norm = global_norm(pairs, self._groups)
         return GradStats(norm, math.isfinite(norm))
 
     def update(self, plan: StepPlan, verdict: Verdict, stats: GradStats) -> StepOutcome:
         """Scale, clip and step; or leave everything as it was."""
-        norm = stats.norm
         if verdict.action is Action.SKIP:
-            return StepOutcome(False, verdict, norm)
-        scale = verdict.scale if verdict.action is Action.SCALE else 1.0
-        if self._clip and norm * abs(scale) > self._clip:
-            scale *= self._clip / (norm * abs(scale) + 1e-6)
+            return StepOutcome(False, verdict, stats.norm)
+        scale = update_scale(verdict, stats.norm, self._clip)
         if scale != 1.0:
-            torch._foreach_mul_([_gradient(s) for s in self._masters.slices.values()], scale)  # pyright: ignore
-        for group in self._optimizer.param_groups:
-            group["lr"] = plan.lr
-            group["weight_decay"] = plan.weight_decay * group["wd_mult"]
-        self._optimizer.step_with_ready_grads()
+            torch._foreach_mul_(list(self._optimizer.gradients()), scale)  # pyright: ignore
+        self._optimizer.step(plan.lr, plan.weight_decay)
         self._updates += 1
-        return StepOutcome(True, verdict, norm)
+        return StepOutcome(True, verdict, stats.norm)
 
     def evaluate(self, batch: Batch, micro_batch: int, loss: LossFunction) -> LossLedger:
         """Forward only, dropout off."""
@@ -120,35 +148,29 @@ class MegatronEngine:
         return self._masters
 
     def sharded_state(self) -> Mapping[str, LogicalTensor]:
-        """Masters and moments by global name."""
-        return self._masters.sharded_state()
+        """Masters and the optimizer's state by global name."""
+        return {**self._masters.sharded_state(), **self._optimizer.factors()}
 
     def state_dict(self) -> dict[str, int]:
-        """The count of updates, from which Adam's bias correction follows."""
+        """The count of updates, from which the optimizer's counters follow."""
         return {"updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """The optimizer's counters from the count of updates, the model's copies from the masters."""
         self._updates = state["updates"]
-        for distributed in _distributed_optimizers(self._optimizer):
-            elementwise.set_updates(distributed.optimizer, self._updates)
-        self._gather_weights()
-
-    def _gather_weights(self) -> None:
-        """Copy masters to the model, on every rank."""
-        for distributed in _distributed_optimizers(self._optimizer):
-            distributed._copy_main_params_to_model_params()
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
+        self._optimizer.set_updates(self._updates)
+        self._optimizer.commit()
 
 
-def _wrap(chunks: Sequence[GPT], plan: ModelPlan, engine: EngineConfig) -> list[DistributedDataParallel]:
+def _wrap(
+    chunks: Sequence[GPT], plan: ModelPlan, engine: EngineConfig, *, distributed: bool
+) -> list[DistributedDataParallel]:
     """Give every chunk its gradient and parameter buffers, and the schedule its hooks into them."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=engine.overlap_grad_reduce,
         overlap_param_gather=engine.overlap_param_gather,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed,
         bucket_size=engine.bucket_parameters,
     )
     wrapped = [
@@ -162,60 +184,3 @@ def _wrap(chunks: Sequence[GPT], plan: ModelPlan, engine: EngineConfig) -> list[
         # A list where there are several chunks, which core's annotation leaves out.
         plan.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore
     return wrapped
-
-
-def _optimizer_config(optim: OptimConfig, plan: ModelPlan, engine: EngineConfig) -> OptimizerConfig:
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_eps=optim.eps,
-        clip_grad=0.0,  # `update` clips, by the norm it was shown
-        bf16=plan.transformer.bf16,
-        params_dtype=plan.transformer.params_dtype,
-        use_distributed_optimizer=True,
-        overlap_param_gather=engine.overlap_param_gather,
-    )
-
-
-def _distributed_optimizers(optimizer) -> list[DistributedOptimizer]:
-    """The optimizers core chains: one for dense parameters, one for experts."""
-    return [o for o in optimizer.chained_optimizers if not o.is_stub_optimizer]
-
-
-def _replace_inner(optimizer, optim: OptimConfig) -> None:
-    """Have core's sharding step the optimizer of the configuration, over the ranges core made."""
-    for distributed in _distributed_optimizers(optimizer):
-        groups = distributed.optimizer.param_groups
-        # Core's fp32 ranges are views of parameters, which torch takes in place of leaves only afterwards.
-        leaves = [
-            {"params": [p.detach() for p in group["params"]], "wd_mult": group["wd_mult"]} for group in groups
-        ]
-        inner = elementwise.make(optim, leaves)
-        for mine, core in zip(inner.param_groups, groups, strict=True):
-            mine["params"] = core["params"]
-        elementwise.prime(inner, [p for group in groups for p in group["params"]])
-        distributed.optimizer = inner  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _gradient(s: Slice) -> torch.Tensor:
-    assert s.master.grad is not None
-    return s.master.grad
-
-
-def _slices(
-    optimizer, moments: Mapping[str, str], tagged: Mapping[int, TaggedParameter], groups: Groups
-) -> Iterator[Slice]:
-    """The ranges of all parameters that this data rank updates."""
-    for distributed in _distributed_optimizers(optimizer):
-        models = distributed.model_fp32_groups + distributed.model_float16_groups
-        masters = distributed.shard_fp32_groups + distributed.shard_fp32_from_float16_groups
-        for model_group, master_group in zip(models, masters, strict=True):
-            for parameter, master in zip(model_group, master_group, strict=True):
-                t = tagged[id(parameter)]
-                start = distributed._get_model_param_range_map(parameter)["param"].start
-                state = distributed.optimizer.state[master]
-                named = {kind: state[key] for kind, key in moments.items()}
-                yield Slice(t, start, master, named, is_owner(t, groups))

@@ -36,6 +36,7 @@ LEVELS = {
     "megafab.config": 5,
     "megafab.build": 6,
     "megafab.generate": 6,
+    "megafab.convert": 7,
     "megafab.train": 7,
     "data_pipeline": 8,
     "launch": 9,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +19,23 @@ from megafab.errors import UserError
 from megafab.run import Progress
 from megafab.topology.layout import Layout
 
-DATA = {"corpus": "c0ffee", "tokenizer": "beef"}
+DATA = {
+    "corpus": "c0ffee",
+    "tokenizer": "beef",
+    "vocab_size": 512,
+    "domains": {
+        "books": {"tokens": 5000, "documents": 7, "content": "b00c"},
+        "code": {"tokens": 1200, "documents": 3, "content": "c0de"},
+    },
+    "mixture": {"books": 0.8, "code": 0.2},
+    "packing": "document",
+    "seed": 1,
+    "seq_len": 16,
+}
 CONFIG = {
     "model": {"hidden": 8, "activation": "swiglu", "moe": {"top_k": 2}},
-    "optim": {"lr": 0.1},
-    "data": {"mixture": None},
+    "optim": {"name": "sgd", "lr": 0.1},
+    "data": {"path": "a"},
     "run": {"dir": "a"},
 }
 
@@ -40,7 +56,7 @@ class Engine:
         return whole(value, self.layout, owner=True)
 
     def sharded_state(self) -> dict[str, LogicalTensor]:
-        return {"weight": self.describe(self.master)}
+        return {"weight/w": self.describe(self.master)}
 
     def state_dict(self):
         return {"updates": self.updates}
@@ -52,13 +68,13 @@ class Engine:
 
 class Loader:
     def __init__(self) -> None:
-        self.samples = 0
+        self.samples, self.counts = 0, {"books": 0, "code": 0}
 
     def state_dict(self):
-        return {"samples": self.samples}
+        return {"samples": self.samples, "counts": self.counts, "mixture_log": [[0, [0.8, 0.2]]]}
 
     def load_state_dict(self, state):
-        self.samples = state["samples"]
+        self.samples, self.counts = state["samples"], state["counts"]
 
 
 class Average:
@@ -93,12 +109,12 @@ class Techniques:
 
 class Run:
     def __init__(
-        self, rank, world, directory, resume="auto", technique=True, data=DATA, config=CONFIG
+        self, rank, world, directory, resume="auto", technique=True, data=DATA, config=CONFIG, **settings: Any
     ) -> None:
         self.engine, self.loader, self.average = Engine(rank, world), Loader(), Average()
         self.messages: list[str] = []
         self.checkpoints = Checkpoints(
-            config=CheckpointConfig(keep=3, resume=resume),
+            config=CheckpointConfig(**{"keep": 3, "resume": resume, "asynchronous": False, **settings}),
             run_dir=Path(directory),
             engine=self.engine,
             loader=self.loader,
@@ -109,12 +125,15 @@ class Run:
             message=self.messages.append,
         )
 
-    def train_to(self, step: int) -> Path:
+    def train_to(self, step: int, wait: bool = False) -> Path:
         self.engine.master += step + torch.arange(len(self.engine.master))
+        self.engine.copy.copy_(self.engine.master)
         self.engine.updates = step
         self.loader.samples, self.average.count = 4 * step, step
+        self.loader.counts = {"books": 3 * step, "code": step}
         self.average.mean = self.engine.master / 2
-        return self.checkpoints.save(Progress(step=step, samples=4 * step, tokens=64 * step, skipped=1))
+        progress = Progress(step=step, samples=4 * step, tokens=64 * step, skipped=1)
+        return self.checkpoints.save(progress, wait=wait)
 
     def seen(self):
         mean = None if self.average.mean is None else self.average.mean.tolist()
@@ -130,7 +149,7 @@ class Run:
 
 
 def train(rank, world, directory, *steps):
-    run = Run(rank, world, directory, resume="none")
+    run = Run(rank, world, directory)
     return [run.train_to(step) for step in steps][-1]
 
 
@@ -155,7 +174,7 @@ def test_a_change_of_topology_is_told(ranks, tmp_path):
     ranks.run(train, str(tmp_path), 20, world=2)
     (step, text), *_ = ranks.run(resume_telling, str(tmp_path), world=4)
     assert step == 20
-    assert "the topology was {'ranks': 2}, it is {'ranks': 4}" in text
+    assert "the topology changed: ranks 2 to 4" in text.splitlines()
 
 
 def test_what_stands_beside_the_weights(ranks, tmp_path):
@@ -173,9 +192,19 @@ def test_without_a_checkpoint_a_run_starts_afresh(ranks, tmp_path, how):
     assert ranks.run(resume, str(tmp_path), how)[0][0] == Progress()
 
 
-def test_none_ignores_what_is_there(ranks, tmp_path):
-    ranks.run(train, str(tmp_path), 20)
-    assert ranks.run(resume, str(tmp_path), "none")[0][0] == Progress()
+def test_none_is_refused_where_there_is_a_run(ranks, tmp_path):
+    ranks.run(train, str(tmp_path / "saved"), 20)
+    with pytest.raises(UserError) as caught:
+        ranks.run(resume, str(tmp_path / "saved"), "none", world=2)
+    assert str(caught.value) == (
+        f"checkpoint.resume=none, run.dir={tmp_path / 'saved'}: found a run there already, step_00000020 its "
+        "last checkpoint, expected an empty run directory, for nothing of another run to be lost. "
+        "Fix: checkpoint.resume=auto goes on with it; or give run.dir another place"
+    )
+    (tmp_path / "logged").mkdir()
+    (tmp_path / "logged" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"logged: found a run there already, expected an empty"):
+        ranks.run(resume, str(tmp_path / "logged"), "none")
 
 
 def test_a_path_is_resumed_into_another_run_and_the_lineage_tells(ranks, tmp_path):
@@ -191,6 +220,46 @@ def branch(rank, world, directory, source):
     run = Run(rank, world, directory, source)
     assert run.checkpoints.restore().step == 10
     return run.train_to(30)
+
+
+def test_the_same_command_goes_on_with_a_run_that_began_from_a_path(ranks, tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    ranks.run(train, first, 10, 20)
+    source = f"{first}/checkpoints/step_00000010"
+    ranks.run(branch, second, source)
+    ((step, told),) = ranks.run(resume_telling, second, CONFIG, source)
+    assert step == 30
+    assert f"this run has gone on from {source}: it continues where it was" in told
+    # The same where a run went back to a checkpoint of its own.
+    ranks.run(branch, first, source)
+    assert ranks.run(resume_telling, first, CONFIG, source)[0][0] == 30
+
+
+def test_a_path_is_refused_where_there_is_another_run(ranks, tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    ranks.run(train, first, 10)
+    ranks.run(train, second, 25)
+    with pytest.raises(UserError, match=r"run\.dir=.*second: found a run there already that did not begin"):
+        ranks.run(resume, second, f"{first}/checkpoints/step_00000010", world=2)
+
+
+def test_weights_alone_begin_a_run(ranks, tmp_path):
+    ranks.run(train, str(tmp_path / "a"), 20)
+    ((progress, seen),) = ranks.run(resume_weights, str(tmp_path / "b"), str(tmp_path / "a"))
+    assert progress == Progress()
+    master, copy, updates, samples, count, mean = seen
+    assert master == copy == [20.0 + i for i in range(8)]
+    assert (updates, samples, count, mean) == (0, 0, 0, None)
+
+
+def resume_weights(rank, world, directory, source):
+    (path,) = (Path(source) / "checkpoints").glob("step_*")
+    state = store.read_state(path)
+    tensors = Run(rank, world, source).checkpoints._tensors(only=())
+    store.load(path, tensors)
+    other = Path(source) / "weights" / "checkpoints"
+    converted = store.save(other, 20, tensors, {**state, "weights_only": True}, keep=1)
+    return resume(rank, world, directory, str(converted), True, {**DATA, "corpus": "another"})
 
 
 def test_a_missing_path_is_refused(ranks, tmp_path):
@@ -212,16 +281,99 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_taken(ranks, tmp_
         ranks.run(resume, str(tmp_path), str(path), world=2)
 
 
-def resume_telling(rank, world, directory, config=CONFIG):
+def resume_telling(rank, world, directory, config=CONFIG, resume="auto"):
     """The step resumed from, and what the user is told."""
-    run = Run(rank, world, directory, config=config)
+    run = Run(rank, world, directory, resume, config=config)
     return run.checkpoints.restore().step, "\n".join(run.messages)
 
 
-def test_other_data_are_refused(ranks, tmp_path):
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**DATA, **changes}
+
+
+OTHER_DATA = {
+    "a domain that grew": (
+        changed(domains={**DATA["domains"], "code": {"tokens": 2400, "documents": 5, "content": "c0d2"}}),
+        "domain code had 1,200 tokens and has 2,400",
+        {"books": 30, "code": 0},
+    ),
+    "other content": (
+        changed(domains={**DATA["domains"], "code": {"tokens": 1200, "documents": 3, "content": "feed"}}),
+        "domain code has other content of the same length (1,200 tokens)",
+        {"books": 30, "code": 0},
+    ),
+    "another tokenizer": (
+        changed(tokenizer="cafe", vocab_size=1024),
+        "tokenizer beef (512 ids) is now cafe (1,024 ids)",
+        {"books": 30, "code": 10},
+    ),
+    "another mixture": (
+        changed(mixture={"books": 0.5, "code": 0.5}),
+        "the weight of books was 0.8 and is 0.5; the weight of code was 0.2 and is 0.5",
+        {"books": 30, "code": 10},
+    ),
+    "another seed": (changed(seed=2), "train.seed was 1 and is 2", {"books": 0, "code": 0}),
+    "another length": (changed(seq_len=32), "model.seq_len was 16 and is 32", {"books": 0, "code": 0}),
+    "another packing": (
+        changed(packing="concatenate"),
+        "data.packing was document and is concatenate",
+        {"books": 30, "code": 10},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_DATA)
+def test_other_data_are_refused_unless_allowed(ranks, tmp_path, name):
+    data, difference, counts = OTHER_DATA[name]
     ranks.run(train, str(tmp_path), 10)
-    with pytest.raises(UserError, match="corpus: found fingerprint c0ffee there and decaf in this run"):
-        ranks.run(resume, str(tmp_path), "auto", True, {**DATA, "corpus": "decaf"})
+    with pytest.raises(UserError) as caught:
+        ranks.run(resume, str(tmp_path), "auto", True, data, world=2)
+    assert str(caught.value) == (
+        f"checkpoint.resume=auto ({tmp_path}/checkpoints/step_00000010): found other data than the "
+        f"checkpoint's: {difference}, expected the same samples in the same order, for the resumed run to "
+        "equal the unbroken one. Fix: undo the change, begin a new run.dir, or accept it: "
+        "checkpoint.allow_data_change=true"
+    )
+    ((step, told, samples, counted),) = ranks.run(resume_with, str(tmp_path), data)
+    assert (step, samples, counted) == (10, 40, counts)
+    assert f"the data changed: {difference}" in told
+
+
+def resume_with(rank, world, directory, data):
+    run = Run(rank, world, directory, data=data, allow_data_change=True)
+    step = run.checkpoints.restore().step
+    return step, run.messages, run.loader.samples, run.loader.counts
+
+
+def test_domains_that_come_and_go_are_named(ranks, tmp_path):
+    ranks.run(train, str(tmp_path), 10)
+    domains = {"law": {"tokens": 10, "documents": 1, "content": "1a"}, "books": DATA["domains"]["books"]}
+    data = changed(domains=domains, mixture={"law": 0.5, "books": 0.5})
+    with pytest.raises(
+        UserError, match=r"domain code \(1,200 tokens\) is gone; domain law \(10 tokens\) is new;"
+    ):
+        ranks.run(resume, str(tmp_path), "auto", True, data)
+    data = changed(domains=dict(reversed(DATA["domains"].items())))
+    with pytest.raises(UserError, match="in the order books, code and are in the order code, books"):
+        ranks.run(resume, str(tmp_path), "auto", True, data)
+
+
+def test_another_optimizer_is_refused(ranks, tmp_path):
+    ranks.run(save_with_moments, str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        ranks.run(resume, str(tmp_path), world=2)
+    assert str(caught.value) == (
+        f"checkpoint.resume=auto ({tmp_path}/checkpoints/step_00000003): found lion_m, weight of each "
+        "parameter, as another optimizer keeps them, expected weight, as optim.name=sgd does. Fix: resume "
+        "with the optimizer that the checkpoint was written with, or begin a new run.dir"
+    )
+
+
+def save_with_moments(rank, world, directory):
+    run = Run(rank, world, directory, technique=False)
+    weight = run.engine.sharded_state()["weight/w"]
+    run.engine.sharded_state = lambda: {"weight/w": weight, "lion_m/w": weight}
+    run.train_to(3)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +389,10 @@ def test_another_model_is_refused_though_its_tensors_fit(ranks, tmp_path, sectio
 
 def test_settings_that_changed_are_told(ranks, tmp_path):
     ranks.run(train, str(tmp_path), 1)
-    config = {**CONFIG, "optim": {"lr": 0.2}, "data": {"mixture": {"a": 1.0}}, "run": {"dir": "b"}}
+    config = {**CONFIG, "optim": {"name": "sgd", "lr": 0.2}, "data": {"path": None}, "run": {"dir": "b"}}
     ((step, told),) = ranks.run(resume_telling, str(tmp_path), config)
     assert step == 1
-    changes = "optim.lr from 0.1 to 0.2, data.mixture from null to {a: 1.0}"
+    changes = "optim.lr from 0.1 to 0.2, data.path from a to null"
     assert f"changed since the checkpoint: {changes}" in told
     assert "run.dir" not in told
     ((_, told),) = ranks.run(resume_telling, str(tmp_path), CONFIG)
@@ -258,3 +410,130 @@ def test_a_technique_may_be_switched_on_or_off_at_a_resume(ranks, tmp_path):
 
 def save_without(rank, world, directory):
     Run(rank, world, directory, technique=False).train_to(5)
+
+
+# -- saves that are written while training goes on -----------------------------------------------------------
+
+
+def hold_writing() -> threading.Event:
+    """Let what threads write wait for the event; the copies are made before."""
+    write, go = store.save, threading.Event()
+
+    def held(*args: Any, **kwargs: Any) -> Path:
+        if threading.current_thread() is not threading.main_thread():
+            assert go.wait(30)
+        return write(*args, **kwargs)
+
+    store.save = held
+    return go
+
+
+def train_on_while_saving(rank, world, directory):
+    run, go = Run(rank, world, directory, asynchronous=True), hold_writing()
+    with run.checkpoints:
+        path = run.train_to(10)
+        saved_10 = run.seen()
+        # The step goes on: everything that was saved changes while the writing has not even begun.
+        run.engine.master.fill_(-1.0)
+        run.average.mean.fill_(-1.0)
+        run.loader.counts["books"] = -1
+        assert not path.exists()
+        go.set()
+        run.engine.master.copy_(torch.tensor(saved_10[0]))
+        run.train_to(20, wait=True)  # waits for the one under way
+        assert path.exists()
+    return saved_10
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_later_steps_do_not_change_what_is_saved(ranks, tmp_path, world):
+    trained = ranks.run(train_on_while_saving, str(tmp_path), world=world)
+    source = str(tmp_path / "checkpoints" / "step_00000010")
+    back = ranks.run(resume, str(tmp_path / "other"), source, world=world)
+    assert [seen for _, seen in back] == trained
+    assert store.read_state(Path(source))["loader"]["counts"] == {"books": 30, "code": 10}
+
+
+def save_thrice(rank, world, directory):
+    run = Run(rank, world, directory, asynchronous=True)
+    addresses = []
+    with run.checkpoints:
+        for step in (10, 20, 30):
+            run.train_to(step)
+            addresses.append([buffer.data_ptr() for buffer in run.checkpoints._snapshot._buffers.values()])
+    assert addresses[0] == addresses[1] == addresses[2]
+    return run.messages
+
+
+def test_the_end_waits_and_buffers_are_used_again(ranks, tmp_path):
+    told = ranks.run(save_thrice, str(tmp_path), world=2)[0]
+    assert [line.split(" in ")[0] for line in told] == [
+        f"saved {tmp_path}/checkpoints/step_000000{step}" for step in (10, 20, 30)
+    ]
+    assert all("; training waited 0.0" in line for line in told)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        *(f"step_000000{step}" for step in (10, 20, 30)),
+    ]
+
+
+@contextlib.contextmanager
+def no_room():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fail_in_the_background(rank, world, directory, room_again):
+    run = Run(rank, world, directory, asynchronous=True)
+    with run.checkpoints:
+        run.train_to(10)
+        run.checkpoints._settled()
+        with no_room() if rank == 1 else contextlib.nullcontext():
+            run.train_to(20)
+            run.checkpoints._background._thread.join()
+            if not room_again:
+                run.train_to(30)
+        run.train_to(30)
+    return run.messages
+
+
+def test_a_failed_save_is_raised_on_all_ranks_where_the_next_fails_too(ranks, tmp_path):
+    with pytest.raises(
+        UserError, match=r"found File too large \(rank 1\).*earlier checkpoints are untouched"
+    ):
+        ranks.run(fail_in_the_background, str(tmp_path), False, world=2)
+    assert store.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+
+
+def test_a_failed_save_is_told_and_made_good_where_there_is_room_again(ranks, tmp_path):
+    told = ranks.run(fail_in_the_background, str(tmp_path), True, world=2)[0]
+    assert "File too large (rank 1)" in told[1]
+    assert told[1].endswith("; saving after step 30 in place")
+    assert store.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000030"
+
+
+def fail_at_the_end(rank, world, directory):
+    run = Run(rank, world, directory, asynchronous=True)
+    with run.checkpoints, no_room() if rank == 1 else contextlib.nullcontext():
+        run.train_to(10)
+        run.checkpoints._background._thread.join()
+
+
+def test_a_failed_save_is_raised_at_the_end(ranks, tmp_path):
+    with pytest.raises(UserError, match=r"File too large \(rank 1\)"):
+        ranks.run(fail_at_the_end, str(tmp_path), world=2)
+    assert store.candidates(tmp_path / "checkpoints") == []
+
+
+def leave_by_error(rank, world, directory):
+    run = Run(rank, world, directory, asynchronous=True)
+    with contextlib.suppress(ZeroDivisionError), run.checkpoints:
+        run.train_to(10)
+        raise ZeroDivisionError
+
+
+def test_an_error_of_training_does_not_lose_the_save_under_way(ranks, tmp_path):
+    ranks.run(leave_by_error, str(tmp_path), world=2)
+    assert store.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"

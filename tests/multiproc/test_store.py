@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from ranks import RankDied
@@ -72,9 +74,9 @@ def box(piece) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
 
 
-def save(rank, world, directory, tensor, step, add=0, keep=2):
+def save(rank, world, directory, tensor, step, add=0, keep=2, keep_every=0):
     tensors = filled(rank, world, tensor, add)
-    return store.save(Path(directory), step, tensors, {"add": add}, keep=keep)
+    return store.save(Path(directory), step, tensors, {"add": add}, keep=keep, keep_every=keep_every)
 
 
 def differing(rank, world, path, tensor, add=0):
@@ -230,9 +232,7 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    faults.flip(path, path.stat().st_size // 2)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,83 @@ def test_damage_is_found_by_file(copy, name, damage, problem, quick):
     assert list(found) == [name]
     assert problem in found[name]
     assert list(store.quick_check(copy)) == ([name] if quick else [])
+
+
+# file: where in it a byte is flipped
+POSITIONS = {
+    "header of a tensor": ("tensors/__2_0.distcp", lambda data: data.index(b"PK\x03\x04") + 4),
+    "pickle of a tensor": ("tensors/__2_0.distcp", lambda data: data.index(b"_rebuild_tensor")),
+    "values of a tensor": (
+        "tensors/__2_0.distcp",
+        lambda data: re.search(rb"data/0FB..Z*", data, re.S).end(),
+    ),
+    "directory of a tensor": ("tensors/__2_0.distcp", lambda data: data.rindex(b"PK\x05\x06") + 8),
+    "first byte of a file": ("tensors/__0_0.distcp", lambda data: 0),
+    "last byte of a file": ("tensors/__0_0.distcp", lambda data: len(data) - 1),
+    "index, a name": ("tensors/.metadata", lambda data: data.index(b"gate_up")),
+    "index, an offset": ("tensors/.metadata", lambda data: data.index(b"distcp") + 8),
+    "state": ("state.json", lambda data: data.index(b"0")),
+    "manifest, a size": ("manifest.json", lambda data: data.index(b'"size": ') + 8),
+    "manifest, a hash": ("manifest.json", lambda data: data.index(b'"sha256": "') + 11),
+    "manifest, the order": ("manifest.json", lambda data: data.index(b'"commit": ') + 10),
+    "manifest, the step": ("manifest.json", lambda data: data.index(b'"step": ') + 8),
+    "manifest, the seal": ("manifest.json", lambda data: data.index(b'"seal": "') + 9),
+    "manifest, a brace": ("manifest.json", lambda data: 0),
+}
+
+
+@pytest.fixture
+def two(ranks, copy) -> tuple[Path, Path]:
+    """A checkpoint and one that was committed later."""
+    return copy, ranks.run(save, str(copy.parent), 2, 200, world=4)[0]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_flipped_bit_is_found_wherever_it_is_and_the_one_before_taken(two, position):
+    older, newer = two
+    name, where = POSITIONS[position]
+    faults.flip(newer / name, where((newer / name).read_bytes()))
+    assert list(store.verify(newer)) == [name]
+    path, (damaged,) = store.first_intact(store.candidates(older.parent), store.verify)
+    assert path == older
+    assert damaged.startswith(f"{newer}: {name}: ")
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "state.json", "tensors/.metadata", "tensors/__0_0.distcp", "tensors/__3_0.distcp"],
+)
+def test_a_file_cut_or_missing_is_found_and_the_one_before_taken(two, name, damage):
+    older, newer = two
+    damage(newer / name)
+    path, (damaged,) = store.first_intact(store.candidates(older.parent), store.verify)
+    assert path == older
+    assert damaged.startswith(f"{newer}: {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"step_00000100\n", ""),  # a save was killed before the pointer moved
+        (b"step_00000200\n", ""),
+        (b"step_00000210\n", "'step_00000210'"),
+        (b"", "''"),
+        (b"step\xff", "'damaged content'"),
+        (b"../../x\n", "'../../x'"),
+        (None, "'No such file or directory'"),
+    ],
+)
+def test_a_damaged_pointer_is_told_and_nothing_depends_on_it(ranks, two, content, found):
+    older, newer = two
+    pointer = older.parent / "latest"
+    pointer.unlink() if content is None else pointer.write_bytes(content)
+    problem = store.check_latest(older.parent)
+    expected = f"{pointer}: found {found}, expected the name of a checkpoint beside it"
+    assert problem == (expected if found else "")
+    assert store.newest(older.parent) == newer
+    ranks.run(save, str(older.parent), 1, 300)
+    assert pointer.read_text() == "step_00000300\n"
 
 
 def test_verifying_in_parts_covers_every_file_once(copy):
@@ -274,8 +351,10 @@ def test_newest_passes_over_damage_and_says_so(saved, tmp_path, caplog):
     for step in (1, 2, 3):
         path = Path(shutil.copytree(saved, tmp_path / f"step_{step:08d}"))
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "commit": step}))
-    (tmp_path / "step_00000004" / "tensors").mkdir(parents=True)  # no manifest: not a checkpoint
+        (path / "manifest.json").write_text(json.dumps(store.sealed({**manifest, "commit": step})))
+    (tmp_path / ".step_00000005.tmp-1a2b3c" / "tensors").mkdir(parents=True)  # a save under way
+    shutil.copytree(saved, tmp_path / "step_00000004")
+    (tmp_path / "step_00000004/manifest.json").unlink()
     truncate(tmp_path / "step_00000003/tensors/__1_0.distcp")
     (tmp_path / "step_00000002/state.json").unlink()
     with caplog.at_level(logging.WARNING):
@@ -283,11 +362,12 @@ def test_newest_passes_over_damage_and_says_so(saved, tmp_path, caplog):
     text = "\n".join(caplog.messages)
     assert "step_00000003: tensors/__1_0.distcp:" in text
     assert "step_00000002: state.json: No such file" in text
-    assert "step_00000004" not in text
+    assert "step_00000004: manifest.json: found No such file" in text
+    assert "step_00000005" not in text
     (tmp_path / "step_00000001/state.json").unlink()
     with pytest.raises(UserError, match="only damaged checkpoints"):
         store.newest(tmp_path)
-    assert store.newest(tmp_path / "step_00000004") is None
+    assert store.newest(tmp_path / "elsewhere") is None
 
 
 def test_an_index_that_carries_code_is_refused(ranks, copy):
@@ -395,6 +475,25 @@ def test_only_the_newest_are_kept(ranks, tmp_path):
     ranks.run(save_steps, str(tmp_path), [10, 20, 30, 40], 2, world=2)
     assert names(tmp_path) == ["latest", "step_00000030", "step_00000040"]
     assert (tmp_path / "latest").read_text() == "step_00000040\n"
+
+
+def save_kept(rank, world, directory, steps):
+    for step in steps:
+        save(rank, world, directory, 1, step, add=step, keep=1, keep_every=20)
+
+
+def test_every_so_many_steps_one_is_kept_for_ever(ranks, tmp_path):
+    ranks.run(save_kept, str(tmp_path), [10, 20, 30, 40, 50])
+    assert names(tmp_path) == ["latest", *(f"step_000000{step}" for step in (20, 40, 50))]
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(ranks, tmp_path):
+    ranks.run(save_steps, str(tmp_path), [1, 2], 3)
+    truncate(tmp_path / "step_00000002/state.json")
+    (tmp_path / "step_00000001/manifest.json").write_text("{")
+    ranks.run(save_steps, str(tmp_path), [3, 4], 1)
+    # Of the first, nobody knows when it was written: it is the user's to look at.
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000004"]
 
 
 def test_a_run_that_went_back_continues_from_what_it_saved_since(ranks, tmp_path):

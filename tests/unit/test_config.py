@@ -132,7 +132,8 @@ VALUE_MISTAKES = {
     ),
     "checkpoint.qqqq=3": (
         *UNKNOWN,
-        "use one of checkpoint.every, checkpoint.keep, checkpoint.resume, checkpoint.save_last",
+        "use one of checkpoint.every, checkpoint.keep, checkpoint.keep_every, checkpoint.asynchronous, "
+        "checkpoint.resume, checkpoint.allow_data_change, checkpoint.save_last",
     ),
     "model.layers=abc": ("text abc", "a whole number", "give model.layers a whole number"),
     "model.hidden=2.5": ("the number 2.5", "a whole number", "give model.hidden a whole number"),
@@ -160,6 +161,7 @@ VALUE_MISTAKES = {
         "z_loss among technique=[...]",
         "add technique=[z_loss]",
     ),
+    "optim.muon.momentum=0.9": ("optim.muon is null", "optim=muon", "add optim=muon"),
     "train.steps": ("something that is not an override", "key=value", "write key=value"),
     "train.steps=a=b": (
         "something that is not an override",
@@ -182,7 +184,7 @@ CHOICE_MISTAKES = {
         "did you mean schedule=wsd?",
     ),
     "technique=[ema,xxxx]": ("no technique named xxxx", "one of ema, z_loss", "technique=ema, for example"),
-    "optim=null": ("0 names", "one of adamw", "choose one optim"),
+    "optim=null": ("0 names", "one of adamw, lion, muon, soap", "choose one optim"),
     "schedule=[wsd,cosine]": ("2 names", "one of constant, cosine, linear, wsd", "choose one schedule"),
 }
 

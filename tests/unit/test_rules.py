@@ -16,7 +16,7 @@ from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
-from megafab.optim.config import OptimConfig, ScheduleKind
+from megafab.optim.config import MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
 from megafab.techniques.config import EMAConfig
 from megafab.topology.config import ContextMethod
 
@@ -116,6 +116,21 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("moe-bias", {"model.moe.experts": 4, "model.bias": True}, 1),
         "model.bias=true: found a model with experts, expected model.bias=false: Megatron does not train "
         "experts with biases. Fix: model.bias=false",
+    ),
+    (
+        *("keep-every", {"checkpoint.keep_every": 250, "checkpoint.every": 100}, 1),
+        "checkpoint.keep_every=250: found checkpoint.every=100, expected a multiple of checkpoint.every: other "
+        "steps are not saved. Fix: checkpoint.keep_every=300, or another checkpoint.every",
+    ),
+    (
+        *("keep-every", {"checkpoint.keep_every": 10}, 1),
+        "checkpoint.keep_every=10: found checkpoint.every=0, expected a multiple of checkpoint.every: other "
+        "steps are not saved. Fix: set checkpoint.every, or leave checkpoint.keep_every out",
+    ),
+    (
+        *("data-change", {"checkpoint.allow_data_change": True, "checkpoint.resume": "none"}, 1),
+        "checkpoint.allow_data_change=true: found checkpoint.resume=none, expected a checkpoint whose data "
+        "could differ. Fix: leave checkpoint.allow_data_change out",
     ),
     (
         *("run-place", {"run.name": ""}, 1),
@@ -227,6 +242,45 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "engine.overlap_param_gather=true: found engine.overlap_grad_reduce=false, expected "
         "engine.overlap_grad_reduce=true. Fix: engine.overlap_grad_reduce=true, or "
         "engine.overlap_param_gather=false",
+    ),
+    (
+        *("optim-options", {"optim.name": OptimName.lion}, 1),
+        "optim.eps=1e-08: found optim.name=lion, expected no eps: Lion has none. Fix: optim.eps=null",
+    ),
+    (
+        *("optim-options", {"optim.eps": None}, 1),
+        "optim.eps=null: found nothing, expected a number, for optim.name=adamw. Fix: optim.eps=1e-8",
+    ),
+    (
+        *("optim-options", {"optim.muon": MuonConfig()}, 1),
+        "optim.muon: found optim.name=adamw, expected optim.name=muon, which they set. "
+        "Fix: optim=muon, or leave optim.muon out",
+    ),
+    (
+        *("optim-options", {"optim.name": OptimName.soap}, 1),
+        "optim.name=soap: found optim.soap is null, expected its settings. "
+        "Fix: choose optim=soap, which has them",
+    ),
+    (
+        *("range", {"optim.name": OptimName.muon, "optim.muon": MuonConfig(momentum=1.0)}, 1),
+        "optim.muon.momentum=1: found 1, expected at least 0 and below 1. "
+        "Fix: give optim.muon.momentum a value at least 0 and below 1",
+    ),
+    (
+        "whole-matrices",
+        {"engine.name": EngineName.deepspeed, "engine.zero_stage": 1}
+        | {"optim.name": OptimName.muon, "optim.muon": MuonConfig()},
+        1,
+        "engine.name=deepspeed optim.name=muon: found ZeRO, which deals parameters to ranks in flat ranges, "
+        "expected an optimizer that updates every element on its own: adamw or lion. "
+        "Fix: engine=megatron, which deals them to muon in whole matrices; or optim=adamw",
+    ),
+    (
+        "whole-matrices-gather",
+        {"engine.overlap_param_gather": True, "optim.name": OptimName.soap, "optim.soap": SOAPConfig()},
+        1,
+        "engine.overlap_param_gather=true: found optim.name=soap, expected adamw or lion: new matrices are "
+        "sent to the other ranks at the end of the step. Fix: engine.overlap_param_gather=false",
     ),
     (
         *("global-batch", {"train.global_batch": 10, "train.micro_batch": 2}, 4),
@@ -441,6 +495,8 @@ VALID: list[tuple[dict[str, Any], int]] = [
     ({"schedule.warmup": 0.0}, 1),
     ({"schedule.warmup": 100.0}, 1),
     ({"optim.clip": 0.0, "optim.weight_decay": 0.0}, 1),
+    ({"optim.name": OptimName.lion, "optim.eps": None}, 1),
+    ({"optim.name": OptimName.muon, "optim.muon": MuonConfig(), "parallel.tensor": 2}, 4),
     ({"data.mixture": {"books": 2.0}, "model.seq_len": 1024}, 1),  # code is too short, and not read
     ({"model.vocab": 1000}, 1),
     ({"model.vocab": 2048}, 1),

@@ -40,8 +40,8 @@ class Diary:
         self.note("restore")
         return self.progress
 
-    def save(self, progress: Progress) -> None:
-        self.note(f"save {progress.step}")
+    def save(self, progress: Progress, *, wait: bool) -> None:
+        self.note(f"save {progress.step}" + " and wait" * wait)
 
     def start(self, progress: Progress) -> None:
         self.note(f"start {progress.step}")
@@ -69,11 +69,11 @@ class Diary:
         self.note("]")
 
     def __enter__(self) -> Diary:
-        self.note("listen")
+        self.note("enter")  # signals, then checkpoints
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.note("deaf")
+        self.note("exit")
 
     def leave(self) -> bool:
         self.asked += 1
@@ -196,19 +196,22 @@ EVALUATE = [
 ]
 
 
-def save(step: int) -> list[str]:
-    return ["[checkpoint", f"save {step}", "]"]
+def save(step: int, wait: bool = False) -> list[str]:
+    return ["[checkpoint", f"save {step}" + " and wait" * wait, "]"]
+
+
+END = ["exit", "exit", "close", "close"]  # checkpoints, signals; loader, telemetry
 
 
 def test_a_run_call_by_call() -> None:
     diary = Diary(3)
     progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
     assert diary.calls == [
-        *("restore", "start 0", "listen"),
+        *("restore", "start 0", "enter", "enter"),
         *("begin 1", *STEP),
         *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
-        *("begin 3", *STEP, *EVALUATE, "record 3", *save(3)),
-        *("deaf", "close", "close"),  # loader and telemetry
+        *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
+        *END,
     ]
     assert progress == Progress(step=3, samples=6, tokens=24)
 
@@ -232,7 +235,7 @@ def test_a_run_goes_on_where_it_was() -> None:
 def test_a_finished_run_does_nothing() -> None:
     diary = Diary(3, start=3)
     assert fit(run_of(diary, save_last=True, evaluate=True)).step == 3
-    assert diary.calls == ["restore", "start 3", "listen", "deaf", "close", "close"]
+    assert diary.calls == ["restore", "start 3", "enter", "enter", *END]
     assert diary.messages == [
         "nothing left to do: step 3 reaches train.steps or train.tokens; raise it to go on"
     ]
@@ -241,14 +244,14 @@ def test_a_finished_run_does_nothing() -> None:
 def test_a_signal_saves_and_leaves_without_an_evaluation() -> None:
     diary = Diary(10, signal_at=4)
     assert fit(run_of(diary, eval_every=4, evaluate=True)).step == 4
-    assert diary.calls[-7:] == ["record 4", *save(4), "deaf", "close", "close"]
+    assert diary.calls[-8:] == ["record 4", *save(4, wait=True), *END]
     assert diary.messages == ["SIGTERM: saved after step 4; run the same command to go on"]
 
 
 def test_a_signal_in_the_last_step_ends_as_ever() -> None:
     diary = Diary(2, signal_at=2)
     fit(run_of(diary, evaluate=True, save_last=True))
-    assert diary.calls[-13:] == [*EVALUATE, "record 2", *save(2), "deaf", "close", "close"]
+    assert diary.calls[-14:] == [*EVALUATE, "record 2", *save(2, wait=True), *END]
     assert diary.messages == []
 
 
@@ -265,7 +268,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
         UserError, match=r"train\.max_skipped=2: .*last 2 updates discarded, up to step 3.*Fix: lower"
     ):
         fit(run_of(diary, save_every=9, save_last=True))
-    assert diary.calls[-3:] == ["deaf", "close", "close"]
+    assert diary.calls[-4:] == END
     assert not any(call.startswith("save") for call in diary.calls)
 
 

@@ -1,0 +1,101 @@
+"""What the verbs of `megafab ckpt` are told, beside the paths they work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megafab.config.tree import MISSING
+from megafab.errors import ConfigError
+
+
+class Format(Enum):
+    """What `convert` makes: a directory for `transformers`, or a checkpoint to train from."""
+
+    hf = "hf"
+    megafab = "megafab"
+
+
+class ExportType(Enum):
+    """Number type of exported weights; masters are fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass(frozen=True, slots=True)
+class InspectConfig:
+    """`megafab ckpt inspect PATH`."""
+
+    tensors: bool = False  # list every tensor with its shape, type and number of stored pieces
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyConfig:
+    """`megafab ckpt verify PATH`; a run directory stands for all its checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReshapeConfig:
+    """`megafab ckpt reshape PATH`."""
+
+    to: str = MISSING  # directory to make; checkpoints/step_XXXXXXXX will be in it, as in a run's
+    files: int | None = None  # at most so many files of tensors, about equal in size
+    max_bytes: int | None = None  # or: so many bytes of tensors a file, one larger tensor alone excepted
+    moments: bool = True  # false: the weights only, with which a new run begins
+
+
+@dataclass(frozen=True, slots=True)
+class DiffConfig:
+    """`megafab ckpt diff A B`."""
+
+    tensors: bool = False  # list every tensor that differs, not only the ten that differ most
+
+
+@dataclass(frozen=True, slots=True)
+class AverageConfig:
+    """`megafab ckpt average A B ...`."""
+
+    to: str = MISSING  # directory to make; checkpoints/step_XXXXXXXX will be in it, as in a run's
+    weights: list[float] | None = None  # of each checkpoint, in order; divided by their sum; null: all alike
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertConfig:
+    """`megafab ckpt convert PATH`."""
+
+    to: str = MISSING  # directory to make
+    format: Format = Format.hf  # of what is made
+    dtype: ExportType = ExportType.fp32  # of exported weights; imported ones are fp32
+    max_bytes: int = 5_000_000_000  # of one safetensors file
+    max_kl: float | None = None  # largest KL in nats a token; null: 1e-8 in fp32, 1e-2 in 16 bits
+    judge: bool = True  # run both models and compare their logits; each in turn needs 4 bytes a parameter
+    data: str | None = None  # corpus for the tokenizer and the text to judge on; null: that of the run
+
+
+def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
+    """Refuse values that contradict each other or are out of range.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    if isinstance(config, ReshapeConfig) and config.files is not None and config.max_bytes is not None:
+        raise ConfigError(
+            f"files={config.files}, max_bytes={config.max_bytes}",
+            "two ways to cut",
+            "one of them",
+            "leave one out",
+        )
+    least = {"files": 1, "max_bytes": 1, "max_kl": 0}
+    for key, low in least.items():
+        value = getattr(config, key) if key in type(config).__dataclass_fields__ else None
+        if value is not None and not value >= low:
+            raise ConfigError(f"{key}={value}", f"{value}", f"at least {low}", f"{key}={low} or more")
+    if isinstance(config, AverageConfig) and config.weights is not None:
+        total = sum(config.weights)
+        if any(not weight >= 0 for weight in config.weights) or not 0 < total < float("inf"):
+            shown = f"weights={config.weights}"
+            raise ConfigError(
+                shown, "a weight below 0, or none above", "numbers of 0 or more", "correct them"
+            )

@@ -1,0 +1,436 @@
+"""To and from Hugging Face: whole conversions, streamed tensor by tensor and then judged.
+
+A conversion stands only when (1) what was written, read back and put together again, equals the source bit
+for bit (in the exported number type), and (2) `transformers` and megafab, each running its own code on its
+own files, predict the same tokens: the Kullback-Leibler divergence of their next-token distributions stays
+below a threshold. Else nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megafab.checkpoint import hf, safetensors, tools, writer
+from megafab.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megafab.checkpoint.state import _versions
+from megafab.config.ckpt import ConvertConfig, ExportType
+from megafab.config.load import load
+from megafab.config.schema import RunConfig
+from megafab.config.tree import build, to_tree
+from megafab.data import hf_tokenizer
+from megafab.data.format import Corpus
+from megafab.data.tokenizer import Tokenizer
+from megafab.errors import UserError
+from megafab.model.config import ModelConfig, Norm
+from megafab.model.shape import ModelShape
+from megafab.platform import platform
+from megafab.run import Progress
+from megafab.telemetry.meter import Meter, size
+from megafab.topology.groups import shutdown
+
+_DTYPES = {ExportType.fp32: torch.float32, ExportType.bf16: torch.bfloat16, ExportType.fp16: torch.float16}
+# In fp32 only the order of sums differs, which costs 1e-12; a wrong epsilon or two swapped heads cost more
+# than 1e-8 even in a model that has learned nothing. Rounding weights to 16 bits costs about 1e-4.
+_MAX_KL = {ExportType.fp32: 1e-8, ExportType.bf16: 1e-2, ExportType.fp16: 1e-2}
+_ROWS, _LENGTH = 3, 256  # sequences to judge on, and their most tokens
+_TRIAL = 2000  # tokens of each domain that a translated tokenizer is tried on
+
+Say = Callable[[str], None]
+
+
+def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
+    """Export the checkpoint at `path` into the directory `settings.to`.
+
+    Raises:
+        UserError: a model that `transformers` does not have, a damaged checkpoint, a verdict against it.
+    """
+    reader = tools.open_intact(path)
+    config = build(RunConfig, dict(reader.state["config"]))
+    shape = ModelShape.of(config.model, reader.weights["embedding.word_embeddings.weight"].shape[0])
+    architecture = hf.expressing(shape)
+    pairs = list(architecture.pairs(shape))
+    _require_all(reader, pairs, architecture.name)
+    _require_memory(settings, reader)
+    corpus = _corpus(settings, reader.state, say)
+    dtype, to = _DTYPES[settings.dtype], Path(settings.to)
+    with writer.fresh_directory(to) as draft:
+        _write_tensors(draft, reader, pairs, dtype, settings.max_bytes)
+        eod = corpus.eod if corpus else None
+        own = {
+            "architectures": [architecture.name],
+            "model_type": architecture.model_type,
+            "bos_token_id": eod,  # a document begins after the end of another
+            "eos_token_id": eod,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        _write_json(draft / "config.json", {**own, **architecture.config(shape)})
+        _write_json(draft / "generation_config.json", {"bos_token_id": eod, "eos_token_id": eod})
+        if corpus:
+            texts = _texts(corpus)
+            done = hf_tokenizer.export(corpus.tokenizer_dir, draft, seq_len=config.model.seq_len, texts=texts)
+            say(f"tokenizer: {done}")
+        _require_equal(safetensors.Files(draft), reader, pairs, dtype)
+        say(f"read back: {len(pairs)} tensors of {settings.dtype.value} equal the masters, bit for bit")
+        _judge(config, path, draft, shape, corpus, settings, say)
+    say(f"{to}: {architecture.name}, {size(sum(f.stat().st_size for f in to.iterdir()))}")
+
+
+def from_hf(source: Path, settings: ConvertConfig, say: Say) -> None:
+    """Make a checkpoint of the model in the directory `source`, to begin a run with.
+
+    Its weights are fp32 masters; there are no moments and no position in any data (`weights_only`).
+
+    Raises:
+        UserError: a model that megafab does not have, files that do not fit it, a verdict against it.
+    """
+    content = _read_json(source / "config.json")
+    architecture = hf.architecture_of(content, f"{source / 'config.json'}")
+    try:
+        model = architecture.model(content, source.resolve().name)
+    except KeyError as error:
+        where, expected = str(source / "config.json"), f"what {architecture.name} needs"
+        raise UserError(where, f"no {error.args[0]}", expected, "restore the file") from None
+    shape = ModelShape.of(model)
+    pairs = list(architecture.pairs(shape))
+    files = _Import(source, architecture, pairs, shape)
+    config = RunConfig(model=model)
+    to = Path(settings.to)
+    corpus = Corpus.open(settings.data) if settings.data else None
+    with writer.fresh_directory(to) as draft:
+        made = writer.write(draft, 0, files.tensors, files.band, _first_state(source, architecture, model))
+        reader = Reader(made)
+        _require_memory(settings, reader)
+        _require_equal(files.files, reader, pairs, None)
+        say(f"read back: {len(pairs)} tensors equal the files, bit for bit")
+        _judge(config, made, source, shape, corpus, settings, say)
+    checkpoint = to / made.relative_to(draft)
+    say(f"{checkpoint}: {shape.parameters:,} parameters. To begin a run with it:")
+    say(f"megafab train checkpoint.resume={checkpoint} {' '.join(_overrides(model))} data.path=DIR")
+
+
+def _require_all(reader: Reader, pairs: Sequence[hf.Pair], name: str) -> None:
+    odd = sorted(reader.weights.keys() ^ {pair.ours for pair in pairs})
+    if odd:
+        kind = "a weight" if odd[0] in reader.weights else "no weight"
+        expected = f"the weights that {name} has"
+        fix = (
+            "export a checkpoint of the model as its configuration says, without techniques that add weights"
+        )
+        raise UserError(str(reader.path), f"{kind} {odd[0]}", expected, fix)
+
+
+def _require_memory(settings: ConvertConfig, reader: Reader) -> None:
+    """One model in fp32 at a time, and its logits."""
+    if not settings.judge:
+        return
+    needed = sum(info.nbytes for info in reader.weights.values())
+    free = _available_memory()
+    if free is not None and needed > 0.9 * free:
+        raise UserError(
+            "judge=true",
+            f"{size(free)} of memory",
+            f"{size(needed)} and some, to run the models",
+            "convert on a larger machine, or set judge=false and compare later",
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that this machine can give; None where it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in text.splitlines())
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
+
+
+def _corpus(settings: ConvertConfig, state: Mapping[str, Any], say: Say) -> Corpus | None:
+    """The corpus that `data` names, or that of the run if it is still there."""
+    where = settings.data or state["config"].get("data", {}).get("path")
+    trained_with = state["data"].get("tokenizer")
+    if where is None:
+        say("no corpus: no tokenizer is written (data=DIR names one)")
+        return None
+    try:
+        corpus = Corpus.open(where)
+    except UserError as error:
+        if settings.data:
+            raise
+        say(f"no tokenizer is written: {error.where}: {error.found} (data=DIR names another place)")
+        return None
+    if trained_with not in (None, corpus.tokenizer_fingerprint):
+        found = f"tokenizer {corpus.tokenizer_fingerprint[:12]}"
+        raise UserError(
+            f"data={where}", found, f"{trained_with[:12]}, as in training", "name the run's corpus"
+        )
+    return corpus
+
+
+def _texts(corpus: Corpus) -> list[str]:
+    """The beginning of every domain, and what tokenizers stumble over."""
+    tokenizer = Tokenizer.load(corpus.tokenizer_dir)
+    streams = [corpus.domain("train", index) for index in range(len(corpus.domains))]
+    parts = [stream.read(0, min(_TRIAL, stream.tokens)).tolist() for stream in streams if stream.tokens]
+    texts = [tokenizer.decode(part) for part in parts]
+    return [*texts, "  two  spaces\n\n\ttab \u00e9\u4e2d\U0001f642 12345 ", ""]
+
+
+def _write_tensors(
+    draft: Path, reader: Reader, pairs: Sequence[hf.Pair], dtype: torch.dtype, max_bytes: int
+) -> None:
+    entries: dict[str, safetensors.Entry] = {}
+    for pair in pairs:
+        like = torch.empty(reader.weights[pair.ours].shape, device="meta")
+        for name, part in zip(pair.theirs, pair.split(like), strict=True):
+            entries[name] = safetensors.Entry(tuple(part.shape), dtype)
+    meter = Meter("export", sum(entry.nbytes for entry in entries.values()))
+
+    def values() -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in pairs:
+            parts = pair.split(reader.read(WEIGHT + pair.ours))
+            for name, part in zip(pair.theirs, parts, strict=True):
+                yield name, part.to(dtype)
+                meter.add(entries[name].nbytes)
+
+    safetensors.write(draft, entries, values(), max_bytes)
+    meter.close()
+
+
+class _Import:
+    """The tensors of a directory for `transformers` as ours: checked at once, read when asked for.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or has no place in the model.
+    """
+
+    def __init__(
+        self, source: Path, architecture: hf.Architecture, pairs: Sequence[hf.Pair], shape: ModelShape
+    ) -> None:
+        self.files = safetensors.Files(source)
+        bare = self.files.entries.keys() & {
+            name.removeprefix(architecture.prefix) for pair in pairs for name in pair.theirs
+        }
+        if bare and not any(name.startswith(architecture.prefix) for name in self.files.entries):
+            self.files.rename(lambda name: name if name in _HEADS else architecture.prefix + name)
+        self._pairs = {WEIGHT + pair.ours: pair for pair in pairs}
+        self._held: tuple[str, torch.Tensor] | None = None
+        self._check_names(source, architecture, shape)
+        self.tensors = {name: self._info(pair) for name, pair in self._pairs.items()}
+        self._meter = Meter("import", sum(info.nbytes for info in self.tensors.values()))
+
+    def _check_names(self, source: Path, architecture: hf.Architecture, shape: ModelShape) -> None:
+        wanted = {name for pair in self._pairs.values() for name in pair.theirs}
+        left = {
+            name for name in self.files.entries.keys() - wanted if not name.endswith(architecture.ignored)
+        }
+        if shape.config.tied_embeddings:
+            left -= self._copies_of_embedding()
+        missing = sorted(wanted - self.files.entries.keys())
+        if missing or left:
+            found = f"no tensor {missing[0]}" if missing else f"a tensor {min(left)} without a place in it"
+            expected = f"the tensors of {architecture.name} as config.json describes it"
+            raise UserError(str(source), found, expected, "restore the directory")
+
+    def _copies_of_embedding(self) -> set[str]:
+        """The output layer's tensor, where a file has it although it is tied."""
+        embedding = self._pairs[f"{WEIGHT}embedding.word_embeddings.weight"].theirs[0]
+        return {
+            name
+            for name in _HEADS & self.files.entries.keys()
+            if torch.equal(self.files.read(name), self.files.read(embedding))
+        }
+
+    def _info(self, pair: hf.Pair) -> TensorInfo:
+        entries = [self.files.entries[name] for name in pair.theirs]
+        joined = pair.join([torch.empty(entry.shape, device="meta") for entry in entries])
+        return TensorInfo(tuple(joined.shape), torch.float32, 1)
+
+    def band(self, name: str, band: tuple[int, int]) -> torch.Tensor:
+        """Rows of one of our tensors in fp32; the last tensor is held, since its bands come in a row."""
+        if self._held is None or self._held[0] != name:
+            self._held = None  # let go of one before there is another
+            pair = self._pairs[name]
+            self._held = name, pair.join([self.files.read(their) for their in pair.theirs])
+        rows = self._held[1][band[0] : band[0] + band[1]].float()
+        self._meter.add(rows.nbytes)
+        return rows
+
+
+_HEADS = {"lm_head.weight", "embed_out.weight"}
+
+
+def _require_equal(
+    files: safetensors.Files, reader: Reader, pairs: Sequence[hf.Pair], dtype: torch.dtype | None
+) -> None:
+    """What is in the files, joined, is what is in the checkpoint, in `dtype` (None: that of the files)."""
+    for pair in pairs:
+        theirs = pair.join([files.read(name) for name in pair.theirs])
+        ours = reader.read(WEIGHT + pair.ours)
+        ours, theirs = (ours.to(dtype), theirs) if dtype else (ours, theirs.float())
+        if not torch.equal(_bits(ours), _bits(theirs)):
+            raise UserError(
+                f"tensor {pair.ours}",
+                "other values in the copy than in the source",
+                "the same bits",
+                "look for a disk or memory that fails, and convert again",
+            )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike two models predict.
+
+    `kl` is the mean of KL(ours || theirs) in nats a token, `max_abs` the largest difference of a logit.
+    """
+
+    kl: float
+    max_abs: float
+
+
+def compare(ours: torch.Tensor, theirs: torch.Tensor) -> Agreement:
+    """The agreement of two sets of logits [..., V], in double precision a few tokens at a time."""
+    total, largest = 0.0, 0.0
+    a, b = ours.flatten(0, -2), theirs.flatten(0, -2)
+    for x, y in zip(a.split(64), b.split(64), strict=True):
+        x, y = x.double(), y.double()
+        largest = max(largest, float((x - y).abs().max()))
+        p, q = x.log_softmax(-1), y.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return Agreement(total / len(a), largest)
+
+
+def _judge(
+    config: RunConfig,
+    checkpoint: Path,
+    directory: Path,
+    shape: ModelShape,
+    corpus: Corpus | None,
+    settings: ConvertConfig,
+    say: Say,
+) -> None:
+    """Run both models on the same tokens, one after the other, and hold their logits together."""
+    if not settings.judge:
+        say("judge=false: the logits were not compared")
+        return
+    if importlib.util.find_spec("transformers") is None:
+        say("transformers is not installed: the logits were not compared (pip install 'megafab[eval]')")
+        return
+    tokens, what = _tokens(corpus, shape)
+    ours = _our_logits(config, checkpoint, tokens, shape.vocab)
+    theirs = _their_logits(directory, tokens)
+    found = compare(ours, theirs)
+    limit = _MAX_KL[settings.dtype] if settings.max_kl is None else settings.max_kl
+    say(
+        f"logits on {tokens.numel()} tokens of {what}: KL {found.kl:.2e} (at most {limit:.0e}), "
+        f"largest difference {found.max_abs:.2e}"
+    )
+    if not found.kl <= limit:
+        raise UserError(
+            f"max_kl={limit:.0e}",
+            f"a divergence of {found.kl:.2e} nats a token between the two models",
+            "models that predict the same",
+            "report it, with the model's configuration; for 16 bits a larger max_kl may be right",
+        )
+
+
+def _tokens(corpus: Corpus | None, shape: ModelShape) -> tuple[torch.Tensor, str]:
+    """Ids [rows, length] to judge on, and what they are."""
+    length = min(_LENGTH, shape.config.seq_len)
+    if corpus:
+        streams = [corpus.domain("train", index) for index in range(len(corpus.domains))]
+        rows = [torch.from_numpy(stream.read(0, length)) for stream in streams if stream.tokens >= length]
+        if rows:
+            return torch.stack(rows[:_ROWS]).long(), "real text"
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(shape.vocab, (_ROWS, length), generator=generator), "random ids"
+
+
+@torch.no_grad()
+def _our_logits(config: RunConfig, checkpoint: Path, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
+    platform.start(0)
+    from megafab.generate import load_model  # Megatron-core must find the platform prepared
+
+    model = load_model(config, checkpoint, vocab)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits = model(tokens.to(platform.device), positions.to(platform.device), None).float().cpu()
+    shutdown()
+    return logits
+
+
+@torch.no_grad()
+def _their_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    model, loading = loaded
+    odd = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys") for name in loading[kind]]
+    if odd:
+        fix = "report it, with the version of transformers"
+        raise UserError(str(directory), f"{odd[0]} for transformers", "every tensor taken", fix)
+    return model.eval()(tokens).logits.float()
+
+
+def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig) -> dict[str, Any]:
+    """The state of a checkpoint that no run has written yet."""
+    now = writer.now()
+    entry = {"from": str(source.resolve()), "step": 0, "written_at": now}
+    return {
+        "weights_only": True,
+        "progress": asdict(Progress()),
+        "loader": {},
+        "engine": {},
+        "techniques": {},
+        "data": {},
+        "config": {"model": to_tree(model)},
+        "topology": {},
+        "versions": _versions(),
+        "written_at": now,
+        "lineage": [{**entry, "operation": f"import of {architecture.name}"}],
+    }
+
+
+def _overrides(model: ModelConfig) -> Iterator[str]:
+    """What `megafab train` must be told for this model: a preset, and what differs from it."""
+    preset = "gpt_tiny" if model.norm is Norm.layernorm else "llama_tiny"
+    yield f"model={preset}"
+    base = dict(_flat(to_tree(load([f"model={preset}", "data.path=unused"]).model)))
+    for key, value in _flat(to_tree(model)):
+        if value != base[key]:
+            yield f"model.{key}={json.dumps(value).replace(chr(34), '')}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        found, fix = error.strerror or str(error), "name a directory that save_pretrained wrote"
+        raise UserError(str(path), found, "the model's configuration", fix) from error
+    except ValueError as error:
+        raise UserError(str(path), f"damaged content ({error})", "JSON", "restore the file") from None

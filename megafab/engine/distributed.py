@@ -1,0 +1,146 @@
+"""Megatron-core's distributed optimizer, around an elementwise optimizer of ours.
+
+Gradients are reduce-scattered, every data rank updates its range of the fp32 masters, and the new weights
+are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from megafab.checkpoint.pieces import LogicalTensor
+from megafab.engine.config import EngineConfig
+from megafab.engine.slices import Slice, is_owner
+from megafab.model.tags import TaggedParameter
+from megafab.optim import elementwise
+from megafab.optim.config import OptimConfig
+from megafab.topology.groups import Groups
+
+
+class Distributed:
+    """An `engine.megatron.ShardedOptimizer` for AdamW and Lion.
+
+    Args:
+        chunks: in core's DDP, with `use_distributed_optimizer`.
+        tagged: the parameters of all chunks.
+        transformer: core's configuration.
+        groups: this rank's place.
+        engine, optim: settings.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        tagged: Sequence[TaggedParameter],
+        transformer: TransformerConfig,
+        groups: Groups,
+        engine: EngineConfig,
+        optim: OptimConfig,
+    ) -> None:
+        self._chunks = chunks
+        self._core = get_megatron_optimizer(
+            _core_config(optim, transformer, engine),
+            list[MegatronModule](chunks),
+            use_gloo_process_groups=False,
+        )
+        # Core chains them: one for dense parameters, one for experts.
+        chained = self._core.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+        self._parts: list[DistributedOptimizer] = [o for o in chained if not o.is_stub_optimizer]
+        for part in self._parts:
+            _replace_inner(part, optim)
+        by_parameter = {id(t.parameter): t for t in tagged}
+        self.slices = list(_slices(self._parts, elementwise.MOMENTS[optim.name], by_parameter, groups))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._core.zero_grad()
+
+    def prepare(self) -> None:
+        """Point each master at its range of the reduced gradients."""
+        self._core.prepare_grads()
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """Of `slices`, flat, as views."""
+        return [_gradient(s) for s in self.slices]
+
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Update the masters, and the model from them."""
+        for group in self._core.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["wd_mult"]
+        self._core.step_with_ready_grads()
+
+    def set_updates(self, updates: int) -> None:
+        """Set the optimizer's counters."""
+        for part in self._parts:
+            elementwise.set_updates(part.optimizer, updates)
+
+    def commit(self) -> None:
+        """Update the model from the masters, on every rank."""
+        for part in self._parts:
+            part._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def factors(self) -> Mapping[str, LogicalTensor]:
+        """Elementwise optimizers have no state of other shapes than their parameters'."""
+        return {}
+
+
+def _core_config(optim: OptimConfig, transformer: TransformerConfig, engine: EngineConfig) -> OptimizerConfig:
+    """What core makes of it steps an AdamW of its own, which `_replace_inner` takes out."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        clip_grad=0.0,  # the engine clips, by the norm it was shown
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=engine.overlap_param_gather,
+    )
+
+
+def _replace_inner(part: DistributedOptimizer, optim: OptimConfig) -> None:
+    """Have core's sharding step the optimizer of the configuration, over the ranges core made."""
+    groups = part.optimizer.param_groups
+    # Core's fp32 ranges are views of parameters, which torch takes in place of leaves only afterwards.
+    leaves = [
+        {"params": [p.detach() for p in group["params"]], "wd_mult": group["wd_mult"]} for group in groups
+    ]
+    inner = elementwise.make(optim, leaves)
+    for mine, core in zip(inner.param_groups, groups, strict=True):
+        mine["params"] = core["params"]
+    elementwise.prime(inner, [p for group in groups for p in group["params"]])
+    part.optimizer = inner  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gradient(s: Slice) -> torch.Tensor:
+    assert s.master.grad is not None
+    return s.master.grad
+
+
+def _slices(
+    parts: Sequence[DistributedOptimizer],
+    moments: Mapping[str, str],
+    tagged: Mapping[int, TaggedParameter],
+    groups: Groups,
+) -> Iterator[Slice]:
+    """The ranges of all parameters that this data rank updates."""
+    for part in parts:
+        models = part.model_fp32_groups + part.model_float16_groups
+        masters = part.shard_fp32_groups + part.shard_fp32_from_float16_groups
+        for model_group, master_group in zip(models, masters, strict=True):
+            for parameter, master in zip(model_group, master_group, strict=True):
+                t = tagged[id(parameter)]
+                start = part._get_model_param_range_map(parameter)["param"].start
+                state = part.optimizer.state[master]
+                named = {kind: state[key] for kind, key in moments.items()}
+                yield Slice(t, start, master, named, is_owner(t, groups))
