@@ -65,7 +65,7 @@ CONFINED = {
     "megatron": (
         *("megafab.platform", "megafab.topology.groups", "megafab.model", "megafab.loss", "megafab.engine"),
     ),
-    "deepspeed": ("megafab.engine.deepspeed",),
+    "deepspeed": ("megafab.engine.zero",),
     "hydra": ("megafab.config.load",),
     "omegaconf": ("megafab.config.load", "megafab.config.generate"),  # and every config.py, for MISSING
     "wandb": ("megafab.telemetry",),

@@ -119,13 +119,13 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ),
     (
         *("keep-every", {"checkpoint.keep_every": 250, "checkpoint.every": 100}, 1),
-        "checkpoint.keep_every=250: found checkpoint.every=100, expected a multiple of checkpoint.every: other "
-        "steps are not saved. Fix: checkpoint.keep_every=300, or another checkpoint.every",
+        "checkpoint.keep_every=250: found checkpoint.every=100, expected a multiple of checkpoint.every: "
+        "other steps are not saved. Fix: checkpoint.keep_every=300, or another checkpoint.every",
     ),
     (
         *("keep-every", {"checkpoint.keep_every": 10}, 1),
-        "checkpoint.keep_every=10: found checkpoint.every=0, expected a multiple of checkpoint.every: other "
-        "steps are not saved. Fix: set checkpoint.every, or leave checkpoint.keep_every out",
+        "checkpoint.keep_every=10: found checkpoint.every=0, expected a multiple of checkpoint.every: "
+        "other steps are not saved. Fix: set checkpoint.every, or leave checkpoint.keep_every out",
     ),
     (
         *("data-change", {"checkpoint.allow_data_change": True, "checkpoint.resume": "none"}, 1),
