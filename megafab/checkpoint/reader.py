@@ -20,7 +20,6 @@ from megafab.checkpoint import store
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
 
-WEIGHT = "weight/"  # what engines put before the global name of an fp32 master
 BAND_BYTES = 64 << 20  # of a band of rows, unless one row is larger
 
 
@@ -91,7 +90,11 @@ class Reader:
     @property
     def weights(self) -> dict[str, TensorInfo]:
         """The master weights by global name."""
-        found = {n.removeprefix(WEIGHT): info for n, info in self.tensors.items() if n.startswith(WEIGHT)}
+        found = {
+            n.removeprefix(store.WEIGHT): info
+            for n, info in self.tensors.items()
+            if n.startswith(store.WEIGHT)
+        }
         return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
     @property
