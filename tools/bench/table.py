@@ -1,6 +1,6 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
-    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build]
+    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint
 import common
 import overhead
 import peers
@@ -48,6 +49,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": startup.report,
     "loader": loader,
     "data_build": data_build,
+    "checkpoint": checkpoint.report,
 }
 
 
