@@ -167,3 +167,30 @@ def test_state_per_rank_falls_with_the_copies(optimizer, ranks, corpus, tmp_path
         assert sum(owned.get(kind, 0) for _, owned in parts) == size, f"{kind} must be owned exactly once"
     for part, _ in parts:
         assert abs(sum(part.values()) - total / 4) < 0.1 * total / 4
+
+
+def moved(rank, world, overrides):
+    """Names of all parameters, and of those that training changed."""
+    from megafab.build import build
+    from megafab.config import load
+    from megafab.platform import platform
+    from megafab.train import fit
+
+    platform.start(0)
+    run = build(load.load(overrides), ranks=world)
+    weights = run.engine.weights()
+    before = {name: weights.master(name).clone() for name in weights.names()}
+    fit(run)
+    return list(before), [name for name in before if not weights.master(name).equal(before[name])]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+def test_layers_matrices_are_its_own_and_the_rest_adamws(optimizer, ranks, corpus, tmp_path):
+    """Seen by what stands still: with a rate of nothing for AdamW, and as SOAP only looks on at first."""
+    still = ["optim.muon.adamw_lr_ratio=1e-20"] if optimizer == "muon" else ["train.steps=1"]
+    settings = [f"optim={optimizer}", "train.steps=2", "schedule.warmup=1", "optim.weight_decay=0", *still]
+    overrides = [*RUN, *MOE, *settings, f"data.path={corpus}", f"run.dir={tmp_path}", "eval.samples=0"]
+    [(names, changed)] = ranks.run(moved, overrides, world=1, init=False)
+    matrices = {name for name in names if name.startswith("decoder.layers.") and ".linear_" in name}
+    assert 0 < len(matrices) < len(names)
+    assert set(changed) == (matrices if optimizer == "muon" else set(names) - matrices)
