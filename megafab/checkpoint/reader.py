@@ -42,11 +42,14 @@ class TensorInfo:
         return self.shape, self.dtype
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """The tensor in bands of at most `BAND_BYTES`: (first row, rows); a scalar is one row."""
+        """The tensor in bands of at most `BAND_BYTES`: (first row, rows).
+
+        A scalar is one row, a tensor without rows one band of none.
+        """
         height = self.shape[0] if self.shape else 1
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         step = max(1, BAND_BYTES // max(row, 1))
-        yield from ((first, min(step, height - first)) for first in range(0, height, step))
+        yield from ((first, min(step, height - first)) for first in range(0, max(height, 1), step))
 
 
 class Reader:

@@ -18,6 +18,7 @@ from megafab.checkpoint.state import _changes
 from megafab.errors import UserError
 from megafab.telemetry.meter import Meter, size
 
+_CHUNK = 1 << 18  # elements compared at once
 _VERIFY_PARTS = 64  # in which the files of a checkpoint are hashed, to show how far it is
 
 
@@ -246,14 +247,15 @@ def _difference(name: str, one: Reader, two: Reader) -> TensorDifference | None:
         return TensorDifference(name, reason=f"{_like(a.like)} and {_like(b.like)}")
     largest = squares = norm = 0.0
     count = 0
-    for band in a.bands():
-        x, y = one.read(name, band).flatten(), two.read(name, band).flatten()
-        differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
-        count += int(differs.sum())
-        norm += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-        delta = x.double().sub_(y)
-        squares += float(torch.linalg.vector_norm(delta)) ** 2
-        largest = _larger(largest, float(delta.abs_().max()))
+    for band in a.bands() if a.nbytes else ():
+        left, right = one.read(name, band).flatten(), two.read(name, band).flatten()
+        for x, y in zip(left.split(_CHUNK), right.split(_CHUNK), strict=True):
+            differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
+            count += int(differs.sum())
+            norm += float(torch.linalg.vector_norm(x.double())) ** 2
+            delta = x.double().sub_(y)
+            squares += float(torch.linalg.vector_norm(delta)) ** 2
+            largest = _larger(largest, float(delta.abs_().max()))
     if not count:
         return None
     return TensorDifference(name, largest, (squares / norm) ** 0.5 if norm else float("inf"), count)
