@@ -1,6 +1,6 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
-    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint]
+    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import checkpoint
 import common
+import optimizers
 import overhead
 import peers
 import startup
@@ -50,6 +51,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader,
     "data_build": data_build,
     "checkpoint": checkpoint.report,
+    "optimizers": optimizers.report,
 }
 
 
