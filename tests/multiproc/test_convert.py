@@ -129,6 +129,10 @@ def test_an_import_has_the_masters_byte_for_byte_and_trains_as_they_do(ranks, ru
         torch.equal(tensor.view(torch.uint8), ours[key].view(torch.uint8)) for key, tensor in back.items()
     )
 
+    sample = ["generate", f"checkpoint={tmp_path / 'back'}", f"data={corpus}", "prompt=def", "tokens=3"]
+    ((code, text, err),) = ranks.run(command, *sample, init=False)
+    assert (code, "\ndef" in text) == (0, True), err
+
     # The command that the import prints, and the same weights as a checkpoint without moments.
     begin = out.splitlines()[-1].split()[2:-1]
     weights = ["ckpt", "reshape", str(run_dir), f"to={tmp_path / 'weights'}", "moments=false"]

@@ -18,11 +18,18 @@ from megafab.checkpoint import store, tools, writer
 from megafab.checkpoint.reader import Reader, TensorInfo
 from megafab.errors import UserError
 from megafab.model.config import ModelConfig
+from megafab.telemetry.meter import Meter, size
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
     name="small", layers=12, hidden=32, heads=4, kv_heads=2, ffn=48, seq_len=16, vocab=128, head_dim=8
 )
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, nothing is said of progress: stderr is for errors."""
+    monkeypatch.setattr(Meter, "every", 3600.0)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +119,13 @@ def test_verify_names_a_damaged_manifest(copy: Path, capsys):
 
 
 def test_verify_names_what_is_cut_or_gone(copy: Path, capsys):
-    size = (copy / "state.json").stat().st_size
+    length = (copy / "state.json").stat().st_size
     with (copy / "state.json").open("r+b") as file:
-        file.truncate(size - 1)
+        file.truncate(length - 1)
     (copy / "tensors" / ".metadata").unlink()
     assert shown(capsys, "verify", copy, code=1)[1:] == [
         "  tensors/.metadata: No such file or directory",
-        f"  state.json: {size - 1} bytes, expected {size}",
+        f"  state.json: {length - 1} bytes, expected {length}",
     ]
 
 
@@ -379,6 +386,27 @@ def test_what_fails_half_way_leaves_nothing(run_dir: Path, tmp_path: Path, monke
     with pytest.raises(UserError, match="No space left on device"):
         tools.reshape(run_dir / "checkpoints" / "step_00000007", tmp_path / "to", deal=None, moments=True)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+def test_long_work_tells_how_far_it_is(run_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(Meter, "every", 0.0)
+    code, _, err = ckpt(capsys, "reshape", run_dir, f"to={tmp_path / 'to'}")
+    lines = [line for line in err.splitlines() if line.startswith("reshape")]
+    total = size(Reader(run_dir / "checkpoints" / "step_00000007").nbytes)
+    assert code == 0
+    assert len(lines) == 225
+    assert lines[0].startswith("reshape   ")
+    assert lines[-1].startswith(f"reshape 100 %: {total} of {total}, ")
+    assert lines[-1].endswith(", 0 s left")
+
+
+def test_sizes_in_words():
+    assert [size(n) for n in (0, 1023, 1536, 5 << 20, 3 << 30, 7 << 40)] == [
+        *("0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.0 GiB", "7.00 TiB"),
+    ]
 
 
 # -- memory --------------------------------------------------------------------------------------------------
