@@ -38,9 +38,11 @@ from megafab.telemetry.meter import Meter, size
 from megafab.topology.groups import shutdown
 
 _DTYPES = {ExportType.fp32: torch.float32, ExportType.bf16: torch.bfloat16, ExportType.fp16: torch.float16}
-# In fp32 only the order of sums differs, which costs 1e-12; a wrong epsilon or two swapped heads cost more
-# than 1e-8 even in a model that has learned nothing. Rounding weights to 16 bits costs about 1e-4.
+# In fp32 only the order of sums differs: 3e-16 for a tiny Llama after two steps, 1e-12 with large weights.
+# Mistakes cost more even in that untrained model: an epsilon of 1e-6 for 1e-5 2e-6, permuted query heads 6e-7.
+# Rounding to 16 bits costs 1e-7 there, and grows with the model's confidence.
 _MAX_KL = {ExportType.fp32: 1e-8, ExportType.bf16: 1e-2, ExportType.fp16: 1e-2}
+_FILE_BYTES = 5_000_000_000  # of a safetensors file, as `transformers` cuts them
 _ROWS, _LENGTH = 3, 256  # sequences to judge on, and their most tokens
 _TRIAL = 2000  # tokens of each domain that a translated tokenizer is tried on
 
@@ -61,9 +63,10 @@ def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
     _require_all(reader, pairs, architecture.name)
     _require_memory(settings, reader)
     corpus = _corpus(settings, reader.state, say)
-    dtype, to = _DTYPES[settings.dtype], Path(settings.to)
+    kind, to = settings.dtype or ExportType.fp32, Path(settings.to)
+    dtype = _DTYPES[kind]
     with writer.fresh_directory(to) as draft:
-        _write_tensors(draft, reader, pairs, dtype, settings.max_bytes)
+        _write_tensors(draft, reader, pairs, dtype, settings.max_bytes or _FILE_BYTES)
         eod = corpus.eod if corpus else None
         own = {
             "architectures": [architecture.name],
@@ -79,7 +82,7 @@ def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
             done = hf_tokenizer.export(corpus.tokenizer_dir, draft, seq_len=config.model.seq_len, texts=texts)
             say(f"tokenizer: {done}")
         _require_equal(safetensors.Files(draft), reader, pairs, dtype)
-        say(f"read back: {len(pairs)} tensors of {settings.dtype.value} equal the masters, bit for bit")
+        say(f"read back: {len(pairs)} tensors of {kind.value} equal the masters, bit for bit")
         _judge(config, path, draft, shape, corpus, settings, say)
     say(f"{to}: {architecture.name}, {size(sum(f.stat().st_size for f in to.iterdir()))}")
 
@@ -338,7 +341,8 @@ def _judge(
     ours = _our_logits(config, checkpoint, tokens, shape.vocab)
     theirs = _their_logits(directory, tokens)
     found = compare(ours, theirs)
-    limit = _MAX_KL[settings.dtype] if settings.max_kl is None else settings.max_kl
+    usual = _MAX_KL[settings.dtype or ExportType.fp32]
+    limit = usual if settings.max_kl is None else settings.max_kl
     say(
         f"logits on {tokens.numel()} tokens of {what}: KL {found.kl:.2e} (at most {limit:.0e}), "
         f"largest difference {found.max_abs:.2e}"

@@ -67,8 +67,8 @@ class ConvertConfig:
 
     to: str = MISSING  # directory to make
     format: Format = Format.hf  # of what is made
-    dtype: ExportType = ExportType.fp32  # of exported weights; imported ones are fp32
-    max_bytes: int = 5_000_000_000  # of one safetensors file
+    dtype: ExportType | None = None  # of exported weights; null: fp32, as imported ones always are
+    max_bytes: int | None = None  # of one safetensors file; null: 5 GB
     max_kl: float | None = None  # largest KL in nats a token; null: 1e-8 in fp32, 1e-2 in 16 bits
     judge: bool = True  # run both models and compare their logits; each in turn needs 4 bytes a parameter
     data: str | None = None  # corpus for the tokenizer and the text to judge on; null: that of the run
@@ -87,6 +87,8 @@ def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
             "one of them",
             "leave one out",
         )
+    if isinstance(config, ConvertConfig):
+        _check_conversion(config)
     least = {"files": 1, "max_bytes": 1, "max_kl": 0}
     for key, low in least.items():
         value = getattr(config, key) if key in type(config).__dataclass_fields__ else None
@@ -99,3 +101,14 @@ def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
             raise ConfigError(
                 shown, "a weight below 0, or none above", "numbers of 0 or more", "correct them"
             )
+
+
+def _check_conversion(config: ConvertConfig) -> None:
+    if config.format is Format.megafab:
+        for key, value in (("dtype", config.dtype and config.dtype.value), ("max_bytes", config.max_bytes)):
+            if value is not None:
+                expected, fix = "it with format=hf only: a checkpoint has fp32 masters", "leave it out"
+                raise ConfigError(f"{key}={value}", "format=megafab", expected, fix)
+    if config.max_kl is not None and not config.judge:
+        fix = "judge=true, or leave max_kl out"
+        raise ConfigError(f"max_kl={config.max_kl}", "judge=false", "a judge to hold to it", fix)

@@ -352,6 +352,15 @@ def test_other_models_are_not_averaged(run_dir: Path, tmp_path: Path, capsys):
         (["average", "RUN", "RUN", "to=x", "weights=[1,-1]"], "weights=[1.0, -1.0]: found a weight below 0"),
         (["average", "RUN", "RUN", "to=x", "weights=[0,0]"], "weights=[0.0, 0.0]: found a weight below 0"),
         (["reshape", "RUN", "to=RUN"], "to=RUN: found something there already"),
+        (["convert", "RUN", "to=x", "format=megafab", "dtype=bf16"], "dtype=bf16: found format=megafab, exp"),
+        (["convert", "RUN", "to=x", "format=megafab", "max_bytes=9"], "max_bytes=9: found format=megafab, "),
+        (["convert", "RUN", "to=x", "judge=false", "max_kl=1"], "max_kl=1.0: found judge=false, expected "),
+        (["convert", "RUN", "to=x", "max_kl=-1"], "max_kl=-1.0: found -1.0, expected at least 0."),
+        (
+            ["convert", "RUN", "to=x", "format=gguf"],
+            "format=gguf: found text gguf, expected one of hf, megafab",
+        ),
+        (["convert", "RUN", "to=x", "format=megafab"], "RUN/config.json: found No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_line(
