@@ -12,6 +12,7 @@ from megafab.engine.config import EngineName, Offload
 from megafab.run import Action, Progress, Verdict
 
 VERIFIED = [mode for mode in MODES if mode.verified]
+DEEPSPEED = [mode for mode in VERIFIED if mode.engine is EngineName.deepspeed]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_discarded_update_leaves_no_trace(mode: Mode, ranks, arguments):
     assert [first, half, last] == without[0]
 
 
-def memory(rank: int, world: int, overrides: list[str]) -> tuple[int, int, int, int]:
+def memory(rank: int, world: int, overrides: list[str]) -> tuple[int, ...]:
     """Elements of this rank's parameters, and bytes of parameters, gradients and optimizer after backward."""
     run = build_run(overrides, world)
     numel = sum(math.prod(t.layout.local_shape) for t, _ in run.engine.copies())
