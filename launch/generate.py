@@ -29,7 +29,7 @@ def main(overrides: list[str]) -> int:
     state = store.read_state(checkpoint)
     run = build(RunConfig, state["config"])
     corpus = Corpus.open(config.data or run.data.path)
-    if corpus.tokenizer_fingerprint != state["data"]["tokenizer"]:
+    if corpus.tokenizer_fingerprint != state["data"].get("tokenizer", corpus.tokenizer_fingerprint):
         raise ConfigError(
             f"data={config.data or run.data.path}",
             "another tokenizer than the checkpoint was trained with",

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from megafab.checkpoint import hf, safetensors, tools, writer
-from megafab.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megafab.checkpoint.reader import Reader, TensorInfo
 from megafab.checkpoint.state import _versions
+from megafab.checkpoint.store import WEIGHT
 from megafab.config.ckpt import ConvertConfig, ExportType
 from megafab.config.load import load
 from megafab.config.schema import RunConfig
@@ -29,6 +30,7 @@ from megafab.data.format import Corpus
 from megafab.data.tokenizer import Tokenizer
 from megafab.errors import UserError
 from megafab.model.config import ModelConfig, Norm
+from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
 from megafab.platform import platform
 from megafab.run import Progress
@@ -222,7 +224,9 @@ class _Import:
         self._pairs = {WEIGHT + pair.ours: pair for pair in pairs}
         self._held: tuple[str, torch.Tensor] | None = None
         self._check_names(source, architecture, shape)
-        self.tensors = {name: self._info(pair) for name, pair in self._pairs.items()}
+        sizes = parameter_shapes(shape)
+        self.tensors = {WEIGHT + name: TensorInfo(sizes[name], torch.float32, 1) for name in sizes}
+        self._check_shapes(source)
         self._meter = Meter("import", sum(info.nbytes for info in self.tensors.values()))
 
     def _check_names(self, source: Path, architecture: hf.Architecture, shape: ModelShape) -> None:
@@ -247,10 +251,14 @@ class _Import:
             if torch.equal(self.files.read(name), self.files.read(embedding))
         }
 
-    def _info(self, pair: hf.Pair) -> TensorInfo:
-        entries = [self.files.entries[name] for name in pair.theirs]
-        joined = pair.join([torch.empty(entry.shape, device="meta") for entry in entries])
-        return TensorInfo(tuple(joined.shape), torch.float32, 1)
+    def _check_shapes(self, source: Path) -> None:
+        for name, pair in self._pairs.items():
+            like = pair.split(torch.empty(self.tensors[name].shape, device="meta"))
+            for their, part in zip(pair.theirs, like, strict=True):
+                found, expected = self.files.entries[their].shape, tuple(part.shape)
+                if found != expected:
+                    where, fix = f"{source}, tensor {their}", "restore the directory"
+                    raise UserError(where, f"shape {found}", f"{expected}, by config.json", fix)
 
     def band(self, name: str, band: tuple[int, int]) -> torch.Tensor:
         """Rows of one of our tensors in fp32; the last tensor is held, since its bands come in a row."""

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """`resume`: `auto` (this run's newest checkpoint that is intact, else start fresh), `none`, or a path."""
+    """`resume`: `auto` (this run's newest checkpoint that is intact, else start fresh), `none`, or a path.
+
+    A path is a checkpoint or a run, to start from; once this run has saved since, it continues with that.
+    """
 
     every: int = 0  # steps between saves; 0: only at the end and on a signal
     keep: int = 2  # newest checkpoints kept

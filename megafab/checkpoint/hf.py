@@ -216,6 +216,7 @@ class _Llama(Architecture):
         for kind in kinds:
             names = f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}"
             yield _halves(f"{ours}.linear_fc1.{kind}", *names)
+        for kind in kinds:
             yield _same(f"{ours}.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}")
 
 

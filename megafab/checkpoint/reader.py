@@ -20,7 +20,6 @@ from megafab.checkpoint import store
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
 
-WEIGHT = "weight/"  # what engines put before the global name of an fp32 master
 BAND_BYTES = 64 << 20  # of a band of rows, unless one row is larger
 
 
@@ -43,11 +42,14 @@ class TensorInfo:
         return self.shape, self.dtype
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """The tensor in bands of at most `BAND_BYTES`: (first row, rows); a scalar is one row."""
+        """The tensor in bands of at most `BAND_BYTES`: (first row, rows).
+
+        A scalar is one row, a tensor without rows one band of none.
+        """
         height = self.shape[0] if self.shape else 1
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         step = max(1, BAND_BYTES // max(row, 1))
-        yield from ((first, min(step, height - first)) for first in range(0, height, step))
+        yield from ((first, min(step, height - first)) for first in range(0, max(height, 1), step))
 
 
 class Reader:
@@ -91,7 +93,11 @@ class Reader:
     @property
     def weights(self) -> dict[str, TensorInfo]:
         """The master weights by global name."""
-        found = {n.removeprefix(WEIGHT): info for n, info in self.tensors.items() if n.startswith(WEIGHT)}
+        found = {
+            n.removeprefix(store.WEIGHT): info
+            for n, info in self.tensors.items()
+            if n.startswith(store.WEIGHT)
+        }
         return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
     @property

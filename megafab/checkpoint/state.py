@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ _MEANING = tuple(
 )
 # Where a run is kept and shown, and how it is spread: a resume may change these without a word.
 _INCIDENTAL = ("run", "launch", "tracking", "checkpoint", "parallel")
+
+
+log = logging.getLogger(__name__)
 
 
 class EngineState(Protocol):
@@ -178,7 +182,7 @@ class Checkpoints:
                 path = self._write(progress.step, copies, state, self._thread_group)
             except Exception as error:
                 if self._team.leads:
-                    store.log.error("%s; training goes on until the next save", error)
+                    log.error("%s; training goes on until the next save", error)
                 raise
             taken = time.perf_counter() - begin
             self._message(f"saved {path} in {taken:.1f} s; training waited {copied:.2f} s")
@@ -202,6 +206,8 @@ class Checkpoints:
         """
         path, named = self._chosen()
         if path is None:
+            if self._team.one(self._has_rows):
+                self._message(f"{self._run_dir} has no checkpoint yet: the run begins again")
             return Progress()
         state = self._team.one(lambda: store.read_state(path))
         changes = list(_changes(state["config"], self._resolved))
@@ -306,14 +312,17 @@ class Checkpoints:
         return path, paths is not own
 
     def _require_unused(self, own: Sequence[Path]) -> None:
-        rows = self._run_dir / METRICS_FILE
-        if own or (rows.exists() and rows.stat().st_size):
+        if own or self._has_rows():
             raise UserError(
                 f"checkpoint.resume=none, run.dir={self._run_dir}",
                 f"a run there already, {own[0].name} its last checkpoint" if own else "a run there already",
                 "an empty run directory, for nothing of another run to be lost",
                 "checkpoint.resume=auto goes on with it; or give run.dir another place",
             )
+
+    def _has_rows(self) -> bool:
+        rows = self._run_dir / METRICS_FILE
+        return rows.exists() and rows.stat().st_size > 0
 
     def _has_gone_on(self, own: Sequence[Path], sources: Sequence[Path]) -> bool:
         """Whether this run began from one of `sources` and has saved since.

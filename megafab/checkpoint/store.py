@@ -59,6 +59,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
@@ -703,12 +704,24 @@ class _Writer(FileSystemWriter):
 
     def write_data(self, plan, planner):
         try:
-            return super().write_data(plan, planner)
+            with _without_crc32():
+                return super().write_data(plan, planner)
         except RuntimeError as error:  # what the archive made of it
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise (cause or error) from None
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Let `torch.save` leave out checksums, which no reader of torch looks at: the file is hashed whole."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class _Reader(FileSystemReader):

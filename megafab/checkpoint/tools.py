@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from megafab.checkpoint import store, writer
-from megafab.checkpoint.reader import WEIGHT, Reader, TensorInfo
+from megafab.checkpoint.reader import Reader, TensorInfo
 from megafab.checkpoint.state import _changes
 from megafab.errors import UserError
 from megafab.telemetry.meter import Meter, size
 
+_CHUNK = 1 << 18  # elements compared at once
 _VERIFY_PARTS = 64  # in which the files of a checkpoint are hashed, to show how far it is
 
 
@@ -35,14 +36,15 @@ def describe(path: Path, *, tensors: bool) -> Iterator[str]:
     yield f"model     {model['name']}: {parameters:,} parameters, " + ", ".join(
         f"{key} {value}" for key, value in sizes.items()
     )
-    if state.get("weights_only"):
+    if state["weights_only"]:
         yield "use       weights only: a run that resumes from it begins anew, at step 0"
     versions = ", ".join(f"{package} {version}" for package, version in state["versions"].items())
     yield f"written   {state['written_at']} by {versions}"
-    yield "topology  " + ", ".join(f"{axis} {count}" for axis, count in state["topology"].items())
-    yield "data      " + (
-        ", ".join(f"{what} {str(value)[:12]}" for what, value in data.items()) or "none recorded"
-    )
+    axes = ", ".join(f"{axis} {count}" for axis, count in state["topology"].items())
+    yield f"topology  {axes or 'none: no run has written it'}"
+    if data:
+        mixture = ", ".join(f"{name} {weight:.3g}" for name, weight in data["mixture"].items())
+        yield f"data      corpus {data['corpus'][:12]}, tokenizer {data['tokenizer'][:12]}, mixture {mixture}"
     yield f"lineage   {len(state['lineage'])} earlier"
     for entry in state["lineage"]:
         how = entry.get("operation", "resume")
@@ -111,7 +113,7 @@ def reshape(path: Path, to: Path, *, deal: writer.Deal | None, moments: bool) ->
         moments: false leaves out all but the weights.
     """
     reader = open_intact(path)
-    chosen = {n: info for n, info in reader.tensors.items() if moments or n.startswith(WEIGHT)}
+    chosen = {n: info for n, info in reader.tensors.items() if moments or n.startswith(store.WEIGHT)}
     meter = Meter("reshape", sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
@@ -149,16 +151,17 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
     for reader in readers[1:]:
         _require_same_weights(readers[0], reader)
     last = readers[-1]
-    chosen = {WEIGHT + name: info for name, info in last.weights.items()}
+    chosen = {store.WEIGHT + name: info for name, info in last.weights.items()}
     meter = Meter("average", len(readers) * sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
-        total = 0.0
+        total: torch.Tensor | None = None
         for reader, weight in zip(readers, weights, strict=True):
             tensor = reader.read(name, band)
-            total = total + tensor.double() * (weight / sum(weights))
+            total = torch.zeros(tensor.shape, dtype=torch.float64) if total is None else total
+            total.add_(tensor, alpha=weight / sum(weights))
             meter.add(tensor.nbytes)
-        assert isinstance(total, torch.Tensor)
+        assert total is not None
         return total.to(chosen[name].dtype)
 
     sources = [(reader.path, reader.state) for reader in readers]
@@ -244,14 +247,15 @@ def _difference(name: str, one: Reader, two: Reader) -> TensorDifference | None:
         return TensorDifference(name, reason=f"{_like(a.like)} and {_like(b.like)}")
     largest = squares = norm = 0.0
     count = 0
-    for band in a.bands():
-        x, y = one.read(name, band).flatten(), two.read(name, band).flatten()
-        differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
-        count += int(differs.sum())
-        norm += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-        delta = x.double().sub_(y)
-        squares += float(torch.linalg.vector_norm(delta)) ** 2
-        largest = _larger(largest, float(delta.abs_().max()))
+    for band in a.bands() if a.nbytes else ():
+        left, right = one.read(name, band).flatten(), two.read(name, band).flatten()
+        for x, y in zip(left.split(_CHUNK), right.split(_CHUNK), strict=True):
+            differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
+            count += int(differs.sum())
+            norm += float(torch.linalg.vector_norm(x.double())) ** 2
+            delta = x.double().sub_(y)
+            squares += float(torch.linalg.vector_norm(delta)) ** 2
+            largest = _larger(largest, float(delta.abs_().max()))
     if not count:
         return None
     return TensorDifference(name, largest, (squares / norm) ** 0.5 if norm else float("inf"), count)

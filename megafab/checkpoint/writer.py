@@ -7,6 +7,7 @@ its turn comes, and let go.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 import uuid
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -105,7 +107,7 @@ def derived_state(
     path, state = sources[-1]
     entries = [
         {
-            "from": str(path.absolute()),
+            "from": str(path.resolve()),
             "step": state["progress"]["step"],
             "written_at": state["written_at"],
             "operation": operation,
@@ -114,7 +116,7 @@ def derived_state(
     ]
     return {
         **state,
-        "weights_only": weights_only or state.get("weights_only", False),
+        "weights_only": weights_only or state["weights_only"],
         "versions": _versions(),
         "written_at": now(),
         "lineage": [*state["lineage"], *entries],
@@ -142,7 +144,7 @@ class _Planner(DefaultSavePlanner):
         tensor = self._source(index.fqn, band)
         assert tensor.dtype == info.dtype, index.fqn
         assert tuple(tensor.shape) == _box(info, band)[1], index.fqn
-        return tensor.contiguous()
+        return store._alone_in_storage(tensor.contiguous())
 
 
 def _box(info: TensorInfo, band: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -170,11 +172,21 @@ class _Writer(store._Writer):
         self._deal = deal
 
     def _write_data(self, planner: SavePlanner, file_queue: Queue) -> Future[list[WriteResult]]:
+        """Write item by item; torch's own keeps every tensor of a file until the file is closed."""
         _, _, items = file_queue.get_nowait()
+        results: list[WriteResult] = []
         for number, part in enumerate(_dealt(items, self._deal)):
             name = f"__0_{number}.distcp"
-            file_queue.put((self.fs.concat_path(self.path, name), name, part))
-        return super()._write_data(planner, file_queue)
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+                for item in part:
+                    begin = stream.tell()
+                    torch.save(planner.resolve_data(item), stream)
+                    stored = _StorageInfo(name, begin, stream.tell() - begin)
+                    results.append(WriteResult(item.index, stored.length, stored))
+                os.fsync(stream.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
 
 def by_size(file_bytes: int) -> Deal:

@@ -1,1 +1,1 @@
-"""Optimizer settings and the schedules: pure functions of progress."""
+"""Optimizers, what engines may cut them into, and the schedules: pure functions of progress."""

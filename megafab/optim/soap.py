@@ -8,7 +8,8 @@ For a matrix w [m, n] with gradient g, statistics L [m, m] and R [n, n] and thei
                     w <- w - lr sqrt(1 - beta2^t) / (1 - beta1^t) QL [QL^T m QR / (sqrt(v) + eps)] QR^T
                     w <- w - lr weight_decay w
                     L <- b L + (1 - b) g g^T,  R <- b R + (1 - b) g^T g
-                    every `frequency` updates: Q <- orthonormal factor of L Q, one step of power iteration
+                    every `frequency` updates: Q <- orthonormal factor of L Q, one step of power iteration,
+                    columns and v ordered by their eigenvalues first
 
 The momentum m stays in the space of the weights, v in the eigenbasis. A side longer than `max_dim` has no
 statistics and the identity for Q.
@@ -24,10 +25,14 @@ import torch
 from megafab.optim.config import OptimConfig
 from megafab.optim.matrix import Fusion, MatrixParameter
 
-# Added to the statistics for their first eigenvectors, in shares of the mean eigenvalue from 0 to this:
-# where eigenvalues coincide (a gradient has no more than min(m, n) of them), it decides on the basis, which
-# would otherwise be that of rounding errors and so differ between topologies.
+# Two guards against rounding errors, which SOAP weighs like any other direction and which differ between
+# topologies. Both are in shares of the mean eigenvalue and leave the eigenvectors of larger ones alone.
+#
+# Where eigenvalues coincide (a gradient has no more than min(m, n) of them), the first basis is decided by
+# adding shares from 0 to this to the diagonal.
 _TIE_BREAK = 1e-6
+# The power iteration takes L + this for L, so that it does not turn what is below the resolution of fp32.
+_RIDGE = 1e-5
 
 _Factors = Mapping[tuple[str, str], torch.Tensor]
 _Basis = tuple[torch.Tensor | None, torch.Tensor | None]  # QL, QR; None: the identity
@@ -104,14 +109,14 @@ class SOAP:
     def _turn_basis(self, factors: _Factors, name: str, second: torch.Tensor) -> torch.Tensor:
         """One step of power iteration from the old eigenvectors; returns v in their new order.
 
-        Columns are ordered by their eigenvalue first, so that the QR factorisation removes larger directions
-        from smaller ones.
+        The order is that in which the QR factorisation removes directions from those behind them.
         """
         for axis, side in enumerate(("left", "right")):
             statistics = factors.get((f"soap_{side}", name))
             if statistics is not None:
                 vectors = factors[f"soap_q_{side}", name]
-                products = statistics @ vectors
+                ridge = _RIDGE * statistics.trace() / len(statistics)
+                products = statistics @ vectors + ridge * vectors
                 order = (vectors * products).sum(dim=0).argsort(descending=True)
                 second = second.index_select(axis, order)
                 vectors.copy_(torch.linalg.qr(products[:, order])[0])

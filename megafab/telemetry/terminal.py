@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megafab.run import StepRecord
@@ -37,6 +38,7 @@ class Terminal(Sink):
         self._total = total_steps
         self._header = header
         self._bar: Bar | None = None
+        self._speaking = Lock()
 
     def open(self, step: int) -> None:
         """Show the header and where the run stands, then start the bar."""
@@ -58,16 +60,17 @@ class Terminal(Sink):
             self._bar.update(self._bar.task_ids[0], completed=row["step"], numbers=numbers)
 
     def message(self, text: str) -> None:
-        """One line, above the bar."""
-        try:
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
-        except OSError:  # whoever read along is gone (a closed pipe, a lost terminal); the run goes on
-            _discard(self._stream)
-        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
-        self._log.flush()
+        """One line, above the bar; from any thread."""
+        with self._speaking:
+            try:
+                if self._bar is not None:
+                    self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                else:
+                    print(text, file=self._stream, flush=True)
+            except OSError:  # whoever read along is gone (a closed pipe, a lost terminal); the run goes on
+                _discard(self._stream)
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+            self._log.flush()
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -9,7 +9,9 @@ import math
 import os
 import struct
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -444,6 +446,27 @@ def test_a_reader_who_leaves_does_not_end_the_run(tmp_path: Path):
     logged = (tmp_path / "log.txt").read_text()
     assert "nobody reads this" in logged
     assert "step  5/10" in logged
+
+
+class Slow(io.StringIO):
+    """A stream that lets other threads run between any two writes."""
+
+    def write(self, text: str) -> int:
+        time.sleep(0.001)
+        return super().write(text)
+
+
+def test_lines_of_several_threads_do_not_mix(tmp_path: Path):
+    stream = Slow()
+    sink = Terminal(tmp_path, 10, {}, stream)
+    texts = [f"thread {n} says so" for n in range(4)]
+    threads = [Thread(target=lambda text=text: [sink.message(text) for _ in range(5)]) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sink.close()
+    assert sorted(stream.getvalue().splitlines()) == sorted(texts * 5)
 
 
 def test_a_terminal_gets_a_bar_and_a_log_does_not(tmp_path: Path):

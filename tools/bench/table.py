@@ -1,6 +1,6 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
-    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build]
+    python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint
 import common
+import optimizers
 import overhead
 import peers
 import startup
@@ -48,6 +50,8 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": startup.report,
     "loader": loader,
     "data_build": data_build,
+    "checkpoint": checkpoint.report,
+    "optimizers": optimizers.report,
 }
 
 

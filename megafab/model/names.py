@@ -1,0 +1,53 @@
+"""Every parameter's global name and shape, without a model: pure arithmetic, no torch.
+
+The names are those that `tags.py` gives to the modules that core builds.
+"""
+
+from __future__ import annotations
+
+from megafab.model.config import Norm, Position
+from megafab.model.shape import ModelShape
+
+
+def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its global name, from the embedding to the output layer."""
+    c = shape.config
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, columns: int, bias: bool = c.bias) -> None:
+        found[f"{name}.weight"] = (rows, columns)
+        if bias:
+            found[f"{name}.bias"] = (rows,)
+
+    def norm(name: str, size: int) -> None:
+        found[f"{name}.weight"] = (size,)
+        if c.norm is Norm.layernorm:
+            found[f"{name}.bias"] = (size,)
+
+    def mlp(name: str, width: int) -> None:
+        linear(f"{name}.linear_fc1", width * (2 if shape.gated else 1), c.hidden)
+        linear(f"{name}.linear_fc2", c.hidden, width)
+
+    found["embedding.word_embeddings.weight"] = (shape.vocab, c.hidden)
+    if c.position is Position.learned:
+        found["embedding.position_embeddings.weight"] = (c.seq_len, c.hidden)
+    for layer in range(c.layers):
+        at = f"decoder.layers.{layer}"
+        norm(f"{at}.input_layernorm", c.hidden)
+        rows = (c.heads + 2 * shape.kv_heads) * shape.head_dim
+        linear(f"{at}.self_attention.linear_qkv", rows, c.hidden)
+        if c.qk_norm:
+            norm(f"{at}.self_attention.q_layernorm", shape.head_dim)
+            norm(f"{at}.self_attention.k_layernorm", shape.head_dim)
+        linear(f"{at}.self_attention.linear_proj", c.hidden, c.heads * shape.head_dim)
+        norm(f"{at}.pre_mlp_layernorm", c.hidden)
+        if shape.is_moe_layer(layer):
+            linear(f"{at}.mlp.router", c.moe.experts, c.hidden, bias=False)
+            for expert in range(c.moe.experts):
+                mlp(f"{at}.mlp.experts.local_experts.{expert}", shape.expert_ffn)
+        else:
+            mlp(f"{at}.mlp", shape.ffn)
+    norm("decoder.final_layernorm", c.hidden)
+    if not c.tied_embeddings:
+        linear("output_layer", shape.vocab, c.hidden, bias=False)
+    return found
