@@ -20,13 +20,16 @@ from megafab.data import mixture
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
 from megafab.engine.base import Engine
+from megafab.engine.capabilities import mode_of
 from megafab.engine.config import EngineName
 from megafab.engine.megatron import MegatronEngine
+from megafab.engine.sharded import Memory
 from megafab.loss.ledger import LossLedger
 from megafab.model import plan as model_plan
 from megafab.model.shape import ModelShape
 from megafab.optim.schedules import Schedules
 from megafab.platform import platform
+from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
 from megafab.run import Batch, Cadence, Run, Validation
 from megafab.techniques import catalogue
@@ -93,7 +96,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         config.run,
         config.tracking,
         config=plain,
-        header=_header(config, shape, mesh, corpus, weights),
+        header=_header(config, shape, mesh, corpus, weights, engine.memory()),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
         flops_per_token=shape.flops_per_token(),
@@ -126,6 +129,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             group=groups.host,
         ),
         validation=_validation(config, corpus, groups),
+        invariants=Invariants(engine, groups, config.resilience.check_every),
         signals=Signals(groups.agree_max),
         cadence=Cadence(
             eval_every=config.eval.every,
@@ -201,7 +205,12 @@ def _validation(config: RunConfig, corpus: Corpus, groups: Groups) -> Validation
 
 
 def _header(
-    config: RunConfig, shape: ModelShape, mesh: Mesh, corpus: Corpus, weights: tuple[float, ...]
+    config: RunConfig,
+    shape: ModelShape,
+    mesh: Mesh,
+    corpus: Corpus,
+    weights: tuple[float, ...],
+    memory: Memory,
 ) -> Mapping[str, str]:
     """What the reader of the terminal and the log wants to know first."""
     tokens = corpus.tokens("train")
@@ -210,12 +219,21 @@ def _header(
         "model": f"{config.model.name}: {shape.parameters:,} parameters, {config.model.layers} layers, "
         f"hidden {config.model.hidden}, sequence {config.model.seq_len}, vocabulary {shape.vocab:,}",
         "topology": f"{mesh.ranks} ranks on {platform.device.type}: {mesh.describe()}",
-        "engine": f"{config.engine.name.value}, {config.train.precision.value}",
+        "engine": f"{_mode(config)}, {config.optim.name.value}, {config.train.precision.value}",
+        "rank 0": f"{memory.parameters / 1e6:,.1f} MB of parameters, {memory.optimizer / 1e6:,.1f} MB of "
+        "optimizer state",
         "FLOPs": f"{shape.flops_per_token():.3g} a token, "
         f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
         "run": config.run.dir,
     }
+
+
+def _mode(config: RunConfig) -> str:
+    engine = config.engine
+    mode = mode_of(engine.name, engine.zero_stage, engine.offload)
+    assert mode is not None, "the rules have passed"
+    return mode.name if engine.name is EngineName.megatron else f"deepspeed {mode.name}"
 
 
 def _axes(mesh: Mesh) -> dict[str, int]:

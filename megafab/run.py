@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megafab.data.loader import Loader
     from megafab.engine.base import Engine
     from megafab.optim.schedules import Schedules
+    from megafab.resilience.invariants import Invariants
     from megafab.resilience.signals import Signals
     from megafab.techniques.bus import Bus
     from megafab.telemetry.metrics import Telemetry
@@ -243,6 +244,7 @@ class Run:
     telemetry: Telemetry
     checkpoints: Checkpoints
     validation: Validation
+    invariants: Invariants
     signals: Signals
     cadence: Cadence
 

@@ -63,7 +63,9 @@ def fit(run: Run) -> Progress:
                 with part("evaluate"):
                     valid = evaluate(run)
             _record(run, plan, progress, outcome, ledger, valid)
-            if run.cadence.saves(progress.step, last) or leaving:
+            saving = run.cadence.saves(progress.step, last) or leaving
+            run.invariants.check(progress.step, saving=saving)
+            if saving:
                 with part("checkpoint"):
                     run.checkpoints.save(progress, wait=last or leaving)
             if leaving:

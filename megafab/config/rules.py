@@ -177,7 +177,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
-    "engine.persistent_parameters",
+    *("engine.persistent_parameters", "resilience.check_every"),
     *("checkpoint.every", "checkpoint.keep_every"),
 )
 

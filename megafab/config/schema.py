@@ -14,6 +14,7 @@ from megafab.data.config import DataConfig, EvalConfig
 from megafab.engine.config import EngineConfig
 from megafab.model.config import ModelConfig
 from megafab.optim.config import BatchRampConfig, OptimConfig, ScheduleConfig
+from megafab.resilience.config import ResilienceConfig
 from megafab.techniques.config import TechniquesConfig
 from megafab.telemetry.config import RunSection, TrackingConfig
 from megafab.topology.config import LaunchConfig, ParallelConfig
@@ -63,6 +64,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     techniques: TechniquesConfig = field(default_factory=TechniquesConfig)
     run: RunSection = field(default_factory=RunSection)

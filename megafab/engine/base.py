@@ -8,7 +8,7 @@ but `gradient_stats`, which every clipped step must.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -19,6 +19,8 @@ from megafab.run import Batch, GradStats, StepOutcome, StepPlan, Verdict
 
 if TYPE_CHECKING:
     from megafab.checkpoint.pieces import LogicalTensor
+    from megafab.engine.sharded import Memory
+    from megafab.model.tags import TaggedParameter
 
 # What a micro-batch's loss is made of, beside the nll: called once a micro-batch on the last pipeline stage,
 # with its terms and its rows; adds terms and token weights. The engine then records, sums and divides.
@@ -68,6 +70,16 @@ class Engine(Protocol):
 
     def weights(self) -> WeightEditor:
         """Access to the master weights of this rank."""
+        ...
+
+    partitions_parameters: bool  # whether data ranks hold parts of the parameters instead of copies
+
+    def copies(self) -> Iterator[tuple[TaggedParameter, Tensor]]:
+        """Each parameter of this rank with what it has of it between two layers: all, or a part."""
+        ...
+
+    def memory(self) -> Memory:
+        """What parameters, gradients and optimizer take on this rank now."""
         ...
 
     def sharded_state(self) -> Mapping[str, LogicalTensor]:

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.config import EngineConfig
+from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.tags import TaggedParameter
 from megafab.optim import elementwise
@@ -25,7 +26,7 @@ from megafab.topology.groups import Groups
 
 
 class Distributed:
-    """An `engine.megatron.ShardedOptimizer` for AdamW and Lion.
+    """An `engine.sharded.ShardedOptimizer` for AdamW and Lion.
 
     Args:
         chunks: in core's DDP, with `use_distributed_optimizer`.
@@ -77,6 +78,9 @@ class Distributed:
             group["weight_decay"] = weight_decay * group["wd_mult"]
         self._core.step_with_ready_grads()
 
+    def discard(self) -> None:
+        """The buffers are zeroed before they are used again."""
+
     def set_updates(self, updates: int) -> None:
         """Set the optimizer's counters."""
         for part in self._parts:
@@ -92,6 +96,20 @@ class Distributed:
     def factors(self) -> Mapping[str, LogicalTensor]:
         """Elementwise optimizers have no state of other shapes than their parameters'."""
         return {}
+
+    def memory(self) -> Memory:
+        """The fp32 masters of an fp32 model are its parameters."""
+        return memory_of(
+            (parameter.data for chunk in self._chunks for parameter in chunk.parameters()),
+            gradient_buffers(self._chunks),
+            (tensor for s in self.slices for tensor in (s.master.data, *s.state.values())),
+        )
+
+
+def gradient_buffers(chunks: Sequence[DistributedDataParallel]) -> list[torch.Tensor]:
+    """Where core's DDP accumulates."""
+    buffers = (b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers))  # pyright: ignore
+    return [buffer.grad_data for buffer in buffers]
 
 
 def _core_config(optim: OptimConfig, transformer: TransformerConfig, engine: EngineConfig) -> OptimizerConfig:

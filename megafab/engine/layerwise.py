@@ -21,10 +21,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from megafab.checkpoint import pieces
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.config import EngineConfig
+from megafab.engine.distributed import gradient_buffers
+from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.shape import ModelShape
 from megafab.model.tags import TaggedParameter
@@ -89,10 +92,11 @@ class _Matrix:
 
 
 class LayerWise:
-    """An `engine.megatron.ShardedOptimizer` for Muon and SOAP.
+    """An `engine.sharded.ShardedOptimizer` for Muon and SOAP.
 
     Args:
-        tagged: the parameters of all chunks, which are in core's DDP without its distributed optimizer.
+        chunks: in core's DDP, without its distributed optimizer.
+        tagged: the parameters of all chunks.
         shape: sizes of the model.
         groups: this rank's place.
         engine, optim: settings.
@@ -101,6 +105,7 @@ class LayerWise:
 
     def __init__(
         self,
+        chunks: Sequence[DistributedDataParallel],
         tagged: Sequence[TaggedParameter],
         shape: ModelShape,
         groups: Groups,
@@ -108,6 +113,7 @@ class LayerWise:
         optim: OptimConfig,
         dtype: torch.dtype,
     ) -> None:
+        self._chunks = chunks
         self._optimizer = _matrix_optimizer(optim, dtype)
         self._adamw_lr = optim.muon.adamw_lr_ratio if optim.muon else 1.0
         self._bucket, self._updates = engine.bucket_parameters, 0
@@ -176,6 +182,10 @@ class LayerWise:
         self._updates += 1
         self.commit()
 
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self._gradients = []
+
     def set_updates(self, updates: int) -> None:
         """Set the counters of both optimizers."""
         self._updates = updates
@@ -202,6 +212,16 @@ class LayerWise:
                 name = f"{kind}/{s.tagged.name}" + (f"/{matrix}" if matrix else "")
                 state[name] = pieces.whole(value, Layout.whole(tuple(value.shape)), s.owner)
         return state
+
+    def memory(self) -> Memory:
+        """Of a matrix in slices, its owner also has the gradient whole."""
+        state = [tensor for s in self.slices for tensor in (s.master, *s.state.values())]
+        factors = [value for parameter in self._parameters for value in parameter.factors.values()]
+        return memory_of(
+            (parameter.data for chunk in self._chunks for parameter in chunk.parameters()),
+            [*gradient_buffers(self._chunks), *self._gradients],
+            [*state, *factors],
+        )
 
     def _matrices_of(
         self, tagged: Sequence[TaggedParameter], shape: ModelShape, copies: int, groups: Groups

@@ -21,16 +21,19 @@ Rajbhandari et al. 2020, arXiv 1910.02054 (ZeRO); Ren et al. 2021, arXiv 2101.06
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.config import EngineConfig, Offload
+from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.gpt import GPT
 from megafab.model.tags import TaggedParameter
@@ -43,64 +46,97 @@ _EXPERTS = "experts"  # DeepSpeed's name for the process groups of expert parame
 _PERSISTENT = 100_000  # DeepSpeed's default of `param_persistence_threshold`
 
 
-class Zero(Protocol):
-    """A ZeRO optimizer around one model chunk. All methods but `slices` and `gradients` are collectives."""
+class Zero:
+    """An `engine.sharded.ShardedOptimizer`: a ZeRO optimizer around each chunk.
 
-    slices: list[Slice]
+    Args:
+        chunks: this rank's model chunks; their backward passes are watched from now on.
+        tagged: the parameters of each chunk.
+        groups: this rank's place.
+        engine, optim: settings.
+    """
 
-    def last_backward(self, is_last: bool) -> None:
-        """Tells whether the backward passes that follow are the last of this step."""
-        ...
+    def __init__(
+        self,
+        chunks: Sequence[GPT],
+        tagged: Sequence[Sequence[TaggedParameter]],
+        groups: Groups,
+        engine: EngineConfig,
+        optim: OptimConfig,
+    ) -> None:
+        _join()
+        self._groups = groups
+        kind = _Stage3 if engine.zero_stage == 3 else _Stage12
+        self._parts = [
+            kind(chunk, parameters, groups, engine, optim)
+            for chunk, parameters in zip(chunks, tagged, strict=True)
+        ]
+        for chunk, part in zip(chunks, self._parts, strict=True):
+            _watch(chunk, part.end_backward)
+        self.slices = [s for part in self._parts for s in part.slices]
 
-    def end_backward(self) -> None:
-        """One backward pass through the chunk is over."""
-        ...
+    def no_sync(self) -> list[Callable[[], contextlib.AbstractContextManager[None]]]:
+        """By chunk, what a schedule enters for all backward passes but the last."""
+        return [part.no_sync for part in self._parts]
 
     def reduce(self) -> None:
-        """All backward passes are over: sum what was accumulated over the data ranks."""
-        ...
+        """All backward passes are over: sum the gradients over the job. A collective."""
+        for part in self._parts:
+            part.reduce()
+        _sum_over_other_axes(list(zip(self.slices, self.gradients(), strict=True)), self._groups)
+
+    def zero_grad(self) -> None:
+        """There are none: `step` or `discard` came before."""
+
+    def prepare(self) -> None:
+        """They are where they are needed."""
 
     def gradients(self) -> Sequence[torch.Tensor]:
-        """The gradients of `slices`, flat, as views; between `reduce` and `step` or `discard`."""
-        ...
+        """Of `slices`, flat, as views; between `reduce` and `step` or `discard`."""
+        return [gradient for part in self._parts for gradient in part.gradients()]
 
     def step(self, lr: float, weight_decay: float) -> None:
-        """Update the masters by the gradients, and the model from the masters."""
-        ...
+        """Update the masters, and the model from them."""
+        for part in self._parts:
+            part.step(lr, weight_decay)
 
     def discard(self) -> None:
         """Forget the gradients."""
-        ...
+        for part in self._parts:
+            part.discard()
 
     def set_updates(self, updates: int) -> None:
         """Set the optimizer's counters."""
-        ...
+        for part in self._parts:
+            elementwise.set_updates(part.inner, updates)
 
     def commit(self) -> None:
-        """Update the model from the masters."""
-        ...
+        """Update the model from the masters, on every rank."""
+        for part in self._parts:
+            part.commit()
+
+    def factors(self) -> Mapping[str, LogicalTensor]:
+        """Elementwise optimizers have no state of other shapes than their parameters'."""
+        return {}
+
+    def memory(self) -> Memory:
+        """On the accelerator and, with offload, in the host's memory."""
+        return memory_of(
+            (tensor for part in self._parts for tensor in part.parameter_storage()),
+            (tensor for part in self._parts for tensor in part.gradient_storage()),
+            (tensor for s in self.slices for tensor in (s.master, *s.state.values())),
+        )
 
 
-def wrap(
-    chunk: GPT,
-    tagged: Sequence[TaggedParameter],
-    groups: Groups,
-    engine: EngineConfig,
-    optim: OptimConfig,
-) -> Zero:
-    """The ZeRO optimizer of `engine.zero_stage` around one chunk; its backward passes are watched."""
-    _join()
-    kind = _Stage3 if engine.zero_stage == 3 else _Stage12
-    zero = kind(chunk, tagged, groups, engine, optim)
-    chunk.register_forward_hook(lambda _module, _inputs, output: _watch(output, zero.end_backward))
-    return zero
+def _watch(chunk: GPT, end: Callable[[], None]) -> None:
+    """Have `end` called when a backward pass through the chunk is over."""
+    engine = torch.autograd.Variable._execution_engine
 
+    def watch(_module: GPT, _inputs: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _gradient: engine.queue_callback(end))
 
-def _watch(output: torch.Tensor, end: Callable[[], None]) -> None:
-    """Have `end` called when the backward pass that begins at `output` is over."""
-    if output.requires_grad:
-        engine = torch.autograd.Variable._execution_engine
-        output.register_hook(lambda _gradient: engine.queue_callback(end))
+    chunk.register_forward_hook(watch)
 
 
 def _join() -> None:
@@ -151,8 +187,11 @@ def _offload(engine: EngineConfig) -> tuple[Any, Any]:
     return optimizer, parameters
 
 
-class _Base:
-    """What all stages share: the torch optimizer within, whose groups hold this rank's partitions."""
+class _Part:
+    """A chunk and its ZeRO optimizer: what all stages share.
+
+    `inner` is the torch optimizer within, over this rank's partitions.
+    """
 
     def __init__(
         self, tagged: Sequence[TaggedParameter], groups: Groups, engine: EngineConfig, optim: OptimConfig
@@ -160,29 +199,28 @@ class _Base:
         self._groups = groups
         self._tagged = {id(t.parameter): t for t in tagged}
         self._moments = elementwise.MOMENTS[optim.name]
-        self._inner = elementwise.make(optim, _param_groups(tagged))
+        self.inner = elementwise.make(optim, _param_groups(tagged))
         self._offloaded = engine.offload is not Offload.none
         self._bucket = min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged))
 
-    def set_updates(self, updates: int) -> None:
-        elementwise.set_updates(self._inner, updates)
-
-    def last_backward(self, is_last: bool) -> None:
-        """Only stage 1 can tell the last backward pass from others."""
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around all backward passes of a step but the last."""
+        yield
 
     def _set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        for group in self._inner.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay * group["wd_mult"]
 
     def _slice(self, t: TaggedParameter, start: int, master: torch.Tensor, offset: int, size: int) -> Slice:
-        state = self._inner.state[master]
+        state = self.inner.state[master]
         named = {name: state[key].narrow(0, offset, size) for name, key in self._moments.items()}
         view = master.detach().narrow(0, offset, size)
         return Slice(t, start, view, named, is_owner(t, self._groups))
 
 
-class _Stage12(_Base):
+class _Stage12(_Part):
     """Stages 1 and 2: each data rank updates a contiguous range of every parameter group."""
 
     def __init__(
@@ -201,7 +239,7 @@ class _Stage12(_Base):
         self._overlaps = engine.overlap_grad_reduce
         experts = any(t.expert for t in tagged)
         self._zero = DeepSpeedZeroOptimizer(
-            self._inner,
+            self.inner,
             {t.parameter: t.name for t in tagged},
             timers=NoopTimer(),
             optimizer_params={},
@@ -225,7 +263,7 @@ class _Stage12(_Base):
         )
         self._zero.set_gradient_accumulation_boundary(False)
         masters = self._zero.single_partition_of_fp32_groups
-        elementwise.prime(self._inner, masters)
+        elementwise.prime(self.inner, masters)
         self._pieces = list(self._ranges())  # as `slices`: group and offset in its partition
         self.slices = [
             self._slice(t, start, masters[group], offset, size)
@@ -244,15 +282,23 @@ class _Stage12(_Base):
                 size = min(parameter.numel() - start, int(zero.partition_size[group]) - offset)
                 yield self._tagged[id(parameter)], group, start, offset, size
 
-    def last_backward(self, is_last: bool) -> None:
-        self._zero.set_gradient_accumulation_boundary(is_last and not self._partitions_gradients)
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Stage 1 reduces once a step: buckets that overlap it with the last backward pass begin then."""
+        self._zero.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._zero.set_gradient_accumulation_boundary(self._overlaps and not self._partitions_gradients)
 
     def end_backward(self) -> None:
+        """One backward pass through the chunk is over."""
         if self._partitions_gradients:
             self._require_all_gradients()
             self._zero.overlapping_partition_gradients_reduce_epilogue()
 
     def reduce(self) -> None:
+        """Sum what was accumulated over the data ranks."""
         if self._partitions_gradients:
             self._zero.finalize_gradient_accumulation_boundary()
         else:
@@ -266,6 +312,7 @@ class _Stage12(_Base):
         assert reduced + waiting == len(self._zero.param_dict), "a parameter took no part in a backward pass"
 
     def gradients(self) -> Sequence[torch.Tensor]:
+        """Of `slices`, flat, as views."""
         if self._offloaded:
             masters = self._zero.single_partition_of_fp32_groups
             return [masters[g].grad.narrow(0, offset, size) for _, g, _, offset, size in self._pieces]
@@ -299,8 +346,20 @@ class _Stage12(_Base):
     def commit(self) -> None:
         self._zero.update_lp_params()
 
+    def parameter_storage(self) -> Iterator[torch.Tensor | None]:
+        yield from self._zero.bit16_groups_flat
 
-class _Stage3(_Base):
+    def gradient_storage(self) -> Iterator[torch.Tensor | None]:
+        for group in self._zero.bit16_groups:
+            for parameter in group:
+                yield from (parameter.grad, parameter.grad_accum)
+        for pieces in self._zero.averaged_gradients.values():
+            yield from pieces or ()
+        if self._offloaded:
+            yield from (master.grad for master in self._zero.single_partition_of_fp32_groups)
+
+
+class _Stage3(_Part):
     """Stage 3: each data rank holds a range of every parameter, gathered while a layer needs it."""
 
     def __init__(
@@ -322,7 +381,7 @@ class _Stage3(_Base):
         persistent = engine.persistent_parameters
         self._zero = DeepSpeedZeroOptimizer_Stage3(
             chunk,
-            self._inner,
+            self.inner,
             {t.parameter: t.name for t in tagged},
             timers=NoopTimer(),
             ds_config=config,
@@ -343,7 +402,7 @@ class _Stage3(_Base):
         if chunk.post_process and chunk.share_embeddings_and_output_weights:
             register_external_parameter(chunk.output_layer, chunk.shared_embedding_or_output_weight())
         masters = self._zero.fp32_partitioned_groups_flat
-        elementwise.prime(self._inner, masters)
+        elementwise.prime(self.inner, masters)
         self._pieces = list(self._ranges())  # as `slices`: sub-group and index in it
         self.slices = [
             self._slice(t, start, masters[group], offset, size)
@@ -401,6 +460,17 @@ class _Stage3(_Base):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._gather_persistent()
 
+    def parameter_storage(self) -> Iterator[torch.Tensor | None]:
+        for group in self._zero.fp16_groups:
+            for parameter in group:
+                yield from (parameter.ds_tensor, parameter.data)
+
+    def gradient_storage(self) -> Iterator[torch.Tensor | None]:
+        for pieces in self._zero.averaged_gradients.values():
+            yield from pieces or ()
+        if self._offloaded:
+            yield from (master.grad for master in self._zero.fp32_partitioned_groups_flat)
+
     def _gather_persistent(self) -> None:
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
@@ -430,7 +500,7 @@ def _stage3_config(parameter_offload: Any) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
 
 
-def sum_over_other_axes(gradients: Sequence[tuple[Slice, torch.Tensor]], groups: Groups) -> None:
+def _sum_over_other_axes(gradients: Sequence[tuple[Slice, torch.Tensor]], groups: Groups) -> None:
     """Add up gradients of which each tensor rank, or each of the two outer stages, has a part. In place.
 
     Args:

@@ -43,6 +43,9 @@ class Diary:
     def save(self, progress: Progress, *, wait: bool) -> None:
         self.note(f"save {progress.step}" + " and wait" * wait)
 
+    def check(self, step: int, *, saving: bool) -> None:
+        self.note(f"check {step}" + " before saving" * saving)
+
     def start(self, progress: Progress) -> None:
         self.note(f"start {progress.step}")
 
@@ -162,6 +165,7 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
         telemetry=part,
         checkpoints=part,
         validation=Validation(("books", "code"), 2),  # type: ignore[arg-type]
+        invariants=part,
         signals=part,
         cadence=Cadence(**{**settings, **cadence}),
     )
@@ -197,7 +201,8 @@ EVALUATE = [
 
 
 def save(step: int, wait: bool = False) -> list[str]:
-    return ["[checkpoint", f"save {step}" + " and wait" * wait, "]"]
+    checked = f"check {step} before saving"
+    return [checked, "[checkpoint", f"save {step}" + " and wait" * wait, "]"]
 
 
 END = ["exit", "exit", "close", "close"]  # checkpoints, signals; loader, telemetry
@@ -208,7 +213,7 @@ def test_a_run_call_by_call() -> None:
     progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
     assert diary.calls == [
         *("restore", "start 0", "enter", "enter"),
-        *("begin 1", *STEP),
+        *("begin 1", *STEP, "check 1"),
         *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
         *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
         *END,
@@ -244,14 +249,14 @@ def test_a_finished_run_does_nothing() -> None:
 def test_a_signal_saves_and_leaves_without_an_evaluation() -> None:
     diary = Diary(10, signal_at=4)
     assert fit(run_of(diary, eval_every=4, evaluate=True)).step == 4
-    assert diary.calls[-8:] == ["record 4", *save(4, wait=True), *END]
+    assert diary.calls[-9:] == ["record 4", *save(4, wait=True), *END]
     assert diary.messages == ["SIGTERM: saved after step 4; run the same command to go on"]
 
 
 def test_a_signal_in_the_last_step_ends_as_ever() -> None:
     diary = Diary(2, signal_at=2)
     fit(run_of(diary, evaluate=True, save_last=True))
-    assert diary.calls[-14:] == [*EVALUATE, "record 2", *save(2, wait=True), *END]
+    assert diary.calls[-15:] == [*EVALUATE, "record 2", *save(2, wait=True), *END]
     assert diary.messages == []
 
 

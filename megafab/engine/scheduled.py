@@ -1,0 +1,126 @@
+"""An engine made of Megatron's schedule and a sharded optimizer: what both engines are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from megafab.checkpoint.pieces import LogicalTensor
+from megafab.engine.base import LossFunction, WeightEditor
+from megafab.engine.schedule import Schedule
+from megafab.engine.sharded import Memory, ShardedOptimizer
+from megafab.engine.slices import MasterWeights, Slice, global_norm, update_scale
+from megafab.loss.ledger import LossLedger
+from megafab.model.plan import ModelPlan
+from megafab.model.tags import TaggedParameter
+from megafab.run import Action, Batch, GradStats, StepOutcome, StepPlan, Verdict
+from megafab.techniques.base import Clock
+from megafab.topology.config import ContextMethod
+from megafab.topology.groups import Groups
+
+
+class ScheduledEngine:
+    """Implements `engine.base.Engine`.
+
+    Args:
+        plan: the plan the chunks were built from.
+        chunks: this rank's model chunks, as the schedule is to call them.
+        tagged: their parameters.
+        optimizer: the optimizer around them.
+        groups: this rank's place.
+        clip: the global norm to clip to; 0: not at all.
+        context_method: how sequences are split over context ranks.
+        clock: told the step and the micro-batch that run, for layers that draw.
+        ledger: makes an empty loss ledger.
+        finalize: see `Schedule`.
+    """
+
+    capabilities = frozenset({"veto", "weights"})
+    partitions_parameters = False
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        chunks: Sequence[torch.nn.Module],
+        tagged: Sequence[TaggedParameter],
+        optimizer: ShardedOptimizer,
+        groups: Groups,
+        *,
+        clip: float,
+        context_method: ContextMethod,
+        clock: Clock,
+        ledger: Callable[[], LossLedger],
+        finalize: Callable[[], None] | None = None,
+    ) -> None:
+        self._modules, self._tagged, self._optimizer, self._groups = chunks, tagged, optimizer, groups
+        self._clip, self._clock, self._ledger = clip, clock, ledger
+        self._masters = MasterWeights(optimizer.slices, optimizer.commit)
+        self._updates = 0
+        self._seed_dropout = groups.seed_dropout if plan.shape.config.dropout else None
+        self._schedule = Schedule(chunks, plan.transformer, groups, context_method, clock, finalize)
+
+    def forward_backward(self, batch: Batch, plan: StepPlan, loss: LossFunction) -> LossLedger:
+        """All micro-batches of the step; gradients are reduced when it returns."""
+        self._clock.step = plan.step
+        if self._seed_dropout:
+            self._seed_dropout(plan.step)
+        for module in self._modules:
+            module.train()
+        self._optimizer.zero_grad()
+        return self._schedule.run(batch, plan.micro_batch, loss, self._ledger(), forward_only=False)
+
+    def gradient_stats(self) -> GradStats:
+        """The global norm, which is finite exactly when every gradient of the job is."""
+        self._optimizer.prepare()
+        norm = global_norm(self._gradients(), self._groups)
+        return GradStats(norm, math.isfinite(norm))
+
+    def update(self, plan: StepPlan, verdict: Verdict, stats: GradStats) -> StepOutcome:
+        """Scale, clip and step; or leave everything as it was."""
+        if verdict.action is Action.SKIP:
+            self._optimizer.discard()
+            return StepOutcome(False, verdict, stats.norm)
+        scale = update_scale(verdict, stats.norm, self._clip)
+        if scale != 1.0:
+            torch._foreach_mul_(list(self._optimizer.gradients()), scale)  # pyright: ignore
+        self._optimizer.step(plan.lr, plan.weight_decay)
+        self._updates += 1
+        return StepOutcome(True, verdict, stats.norm)
+
+    def evaluate(self, batch: Batch, micro_batch: int, loss: LossFunction) -> LossLedger:
+        """Forward only, dropout off."""
+        for module in self._modules:
+            module.eval()
+        with torch.no_grad():
+            return self._schedule.run(batch, micro_batch, loss, self._ledger(), forward_only=True)
+
+    def weights(self) -> WeightEditor:
+        """The master weights of this rank."""
+        return self._masters
+
+    def memory(self) -> Memory:
+        """What parameters, gradients and optimizer take on this rank now."""
+        return self._optimizer.memory()
+
+    def copies(self) -> Iterator[tuple[TaggedParameter, torch.Tensor]]:
+        """Each parameter with what this rank has of it between two layers."""
+        return ((t, t.parameter.data) for t in self._tagged)
+
+    def sharded_state(self) -> Mapping[str, LogicalTensor]:
+        """Masters and the optimizer's state by global name."""
+        return {**self._masters.sharded_state(), **self._optimizer.factors()}
+
+    def state_dict(self) -> dict[str, int]:
+        """The count of updates, from which the optimizer's counters follow."""
+        return {"updates": self._updates}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """The optimizer's counters from the count of updates, the model's copies from the masters."""
+        self._updates = state["updates"]
+        self._optimizer.set_updates(self._updates)
+        self._optimizer.commit()
+
+    def _gradients(self) -> Iterator[tuple[Slice, torch.Tensor]]:
+        return zip(self._optimizer.slices, self._optimizer.gradients(), strict=True)

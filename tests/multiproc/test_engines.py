@@ -1,0 +1,121 @@
+"""What every engine owes the loop, in every mode: a veto that leaves no trace, and the memory it promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from training import SHORT_RUN, SMALL_MODEL, build_corpus
+
+from megafab.engine.capabilities import MODES, Mode
+from megafab.engine.config import EngineName, Offload
+from megafab.run import Action, Progress, Verdict
+
+VERIFIED = [mode for mode in MODES if mode.verified]
+DEEPSPEED = [mode for mode in VERIFIED if mode.engine is EngineName.deepspeed]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def arguments(corpus, tmp_path):
+    return [*SMALL_MODEL, *SHORT_RUN, f"data.path={corpus}", f"run.dir={tmp_path}"]
+
+
+def build_run(overrides: list[str], world: int):
+    from megafab.build import build
+    from megafab.config import load, rules
+    from megafab.platform import platform
+
+    config = load.load(overrides)
+    rules.check_all(config, ranks=world, corpus=rules.corpus_facts(config))
+    platform.start(0, 1)
+    return build(config, ranks=world)
+
+
+def norms(rank: int, world: int, overrides: list[str], verdicts: list[Verdict]) -> list[float]:
+    """The gradient norm of each of a few steps on the same batch, each ended by its verdict."""
+    run = build_run(overrides, world)
+    plan = run.schedules.at(Progress())
+    batch, weights = run.loader.take(plan), run.engine.weights()
+    found = []
+    for verdict in verdicts:
+        run.engine.forward_backward(batch, plan, run.bus.loss)
+        stats = run.engine.gradient_stats()
+        before = {name: weights.master(name).clone() for name in weights.names()}
+        outcome = run.engine.update(plan, verdict, stats)
+        same = [bool((weights.master(name) == before[name]).all()) for name in before]
+        assert outcome.applied is (verdict.action is not Action.SKIP)
+        assert all(same) if verdict.action is Action.SKIP else not any(same)
+        found.append(stats.norm)
+    return found
+
+
+APPLY, SKIP = Verdict(), Verdict(Action.SKIP, reason="for the test")
+HALF = Verdict(Action.SCALE, scale=0.5)
+LAYOUT = ("parallel.tensor=2", "parallel.sequence=true")
+
+
+@pytest.mark.parametrize("mode", VERIFIED, ids=lambda mode: mode.name)
+def test_a_discarded_update_leaves_no_trace(mode: Mode, ranks, arguments):
+    """Neither in the weights nor in the moments: the norms that follow are those without it, to the bit."""
+    overrides = [*arguments, *mode.overrides, *LAYOUT]
+    with_skips = ranks.run(norms, overrides, [APPLY, SKIP, SKIP, HALF, APPLY], world=4, init=False)
+    without = ranks.run(norms, overrides, [APPLY, HALF, APPLY], world=4, init=False)
+    assert len({tuple(one) for one in with_skips}) == 1, "the norm is the same number on every rank"
+    first, skipped, again, half, last = with_skips[0]
+    assert skipped == again == half, "the same gradients of the same weights"
+    assert [first, half, last] == without[0]
+
+
+def memory(rank: int, world: int, overrides: list[str]) -> tuple[int, ...]:
+    """Elements of this rank's parameters, and bytes of parameters, gradients and optimizer after backward."""
+    run = build_run(overrides, world)
+    numel = sum(math.prod(t.layout.local_shape) for t, _ in run.engine.copies())
+    plan = run.schedules.at(Progress())
+    run.engine.forward_backward(run.loader.take(plan), plan, run.bus.loss)
+    run.engine.gradient_stats()
+    return numel, *run.engine.memory()
+
+
+# Bytes a parameter (fp32, bf16), and what of it is divided by the number of data ranks. Gradients are kept
+# in fp32 by all. The masters of an fp32 model are its parameters under Megatron, and copies under ZeRO.
+FORMULA = {
+    # stage: parameters, gradients, optimizer: (bytes in fp32, bytes in bf16, divided)
+    None: ((4, 2, False), (4, 4, False), (8, 12, True)),
+    1: ((4, 2, False), (4, 4, False), (12, 12, True)),
+    2: ((4, 2, False), (4, 4, True), (12, 12, True)),
+    3: ((4, 2, True), (4, 4, True), (12, 12, True)),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "mode", [mode for mode in VERIFIED if mode.offload is Offload.none], ids=lambda mode: mode.name
+)
+def test_memory_falls_as_zero_says(mode: Mode, precision: str, ranks, arguments):
+    """Rajbhandari et al. 2020, section 3 and table 1, with fp32 gradients."""
+    # Many like layers: what falls between two ranks' ranges is small beside the whole.
+    shape = ["model.layers=16", "model.hidden=64", "model.vocab=1024", f"train.precision={precision}"]
+    gathered = ["engine.persistent_parameters=0"] if mode.zero_stage == 3 else []
+    overrides = [*arguments, *shape, *mode.overrides, *gathered, "train.global_batch=4"]
+    world = 4
+    for numel, *found in ranks.run(memory, overrides, world=world, init=False):
+        for (fp32, bf16, divided), measured in zip(FORMULA[mode.zero_stage], found, strict=True):
+            expected = numel * (bf16 if precision == "bf16" else fp32) / (world if divided else 1)
+            assert measured == pytest.approx(expected, rel=0.05), (mode.name, expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [m for m in VERIFIED if m.engine is EngineName.deepspeed], ids=lambda m: m.name
+)
+def test_no_operation_is_compiled(mode: Mode, ranks, arguments, tmp_path, monkeypatch):
+    """DeepSpeed builds C++ on demand, for half a minute each; on the way of training nothing is asked for."""
+    built = tmp_path / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(built))
+    ranks.run(norms, [*arguments, *mode.overrides], [APPLY], world=2, init=False)
+    assert not list(built.rglob("*.so"))
+    assert not list(built.rglob("*.ninja"))
