@@ -39,7 +39,7 @@ from megafab.topology.groups import shutdown
 
 _DTYPES = {ExportType.fp32: torch.float32, ExportType.bf16: torch.bfloat16, ExportType.fp16: torch.float16}
 # In fp32 only the order of sums differs: 3e-16 for a tiny Llama after two steps, 1e-12 with large weights.
-# Mistakes cost more even in that untrained model: an epsilon of 1e-6 for 1e-5 2e-6, permuted query heads 6e-7.
+# Mistakes cost more even there: 2e-6 for an epsilon of 1e-6 in place of 1e-5, 6e-7 for permuted query heads.
 # Rounding to 16 bits costs 1e-7 there, and grows with the model's confidence.
 _MAX_KL = {ExportType.fp32: 1e-8, ExportType.bf16: 1e-2, ExportType.fp16: 1e-2}
 _FILE_BYTES = 5_000_000_000  # of a safetensors file, as `transformers` cuts them

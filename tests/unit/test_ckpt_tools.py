@@ -358,7 +358,7 @@ def test_other_models_are_not_averaged(run_dir: Path, tmp_path: Path, capsys):
         (["convert", "RUN", "to=x", "max_kl=-1"], "max_kl=-1.0: found -1.0, expected at least 0."),
         (
             ["convert", "RUN", "to=x", "format=gguf"],
-            "format=gguf: found text gguf, expected one of hf, megafab",
+            "format=gguf: found text gguf, expected one of hf",
         ),
         (["convert", "RUN", "to=x", "format=megafab"], "RUN/config.json: found No such file or directory"),
     ],
