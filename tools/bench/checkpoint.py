@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def bandwidth(rounds: int) -> dict[str, Any]:
     from megafab.topology.layout import Layout
 
     platform.start(0, 1)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     layout = Layout.whole((VALUES // 1024, 1024))
     values = torch.randn(TENSORS, VALUES)
     tensors = {f"weight/{n}": whole(values[n].view(-1, 1024), layout, owner=True) for n in range(TENSORS)}
