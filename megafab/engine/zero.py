@@ -304,6 +304,7 @@ class _Stage12(_Part):
         else:
             self._zero.set_gradient_accumulation_boundary(True)
             self._zero.reduce_gradients()
+            self._zero.zero_grad()  # what other ranks update
 
     def _require_all_gradients(self) -> None:
         """Ranks reduce buckets in the order in which gradients came: all must have had the same ones."""
@@ -353,7 +354,8 @@ class _Stage12(_Part):
         for group in self._zero.bit16_groups:
             for parameter in group:
                 yield from (parameter.grad, parameter.grad_accum)
-        for pieces in self._zero.averaged_gradients.values():
+        accumulated = self._zero.all_grad_tensors, self._zero.averaged_gradients
+        for pieces in (pieces for by_group in accumulated for pieces in by_group.values()):
             yield from pieces or ()
         if self._offloaded:
             yield from (master.grad for master in self._zero.single_partition_of_fp32_groups)

@@ -72,13 +72,22 @@ def test_a_discarded_update_leaves_no_trace(mode: Mode, ranks, arguments):
 
 
 def memory(rank: int, world: int, overrides: list[str]) -> tuple[int, ...]:
-    """Elements of this rank's parameters, and bytes of parameters, gradients and optimizer after backward."""
+    """Elements of this rank's parameters, and its memory when all gradients of a step are there."""
     run = build_run(overrides, world)
     numel = sum(math.prod(t.layout.local_shape) for t, _ in run.engine.copies())
     plan = run.schedules.at(Progress())
+    seen = []
+    transformer = run.engine._modules[0].config
+    finalize = transformer.finalize_model_grads_func
+
+    def look_and_finalize(*args: object, **kwargs: object) -> None:
+        seen.append(run.engine.memory())
+        finalize(*args, **kwargs)
+
+    transformer.finalize_model_grads_func = look_and_finalize
     run.engine.forward_backward(run.loader.take(plan), plan, run.bus.loss)
-    run.engine.gradient_stats()
-    return numel, *run.engine.memory()
+    (before_reduction,) = seen
+    return numel, *before_reduction
 
 
 # Bytes a parameter (fp32, bf16), and what of it is divided by the number of data ranks. Gradients are kept

@@ -53,7 +53,7 @@ CASES = {
     ),
     "norm, tensor and data": (
         *(4, ["parallel.tensor=2"], "decoder.layers.0.input_layernorm.weight", 2),
-        "rank 2 != rank 3 along the tensor axis",
+        f"rank 0 != rank 2 along the {DATA} axis",
     ),
     "one of three, data": (
         *(3, ["train.global_batch=6"], "embedding.word_embeddings.weight", 1),
