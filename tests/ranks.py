@@ -44,6 +44,13 @@ PRELOAD = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
 )
+# What `engine=deepspeed` imports when it is built and in its first step; seconds.
+PRELOAD_LATER = (
+    "megafab.engine.deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+)
 GRACE = 5.0  # seconds the other ranks get to report, once one has failed, before they are killed
 LOG_TAIL = 4000  # characters of a failed rank's output to show
 
@@ -266,6 +273,9 @@ def _serve(channel: Connection) -> None:
         importlib.import_module(name)
     importlib.import_module("megafab.platform").platform.install()  # before anything imports Megatron-core
     importlib.import_module("megafab.build")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in PRELOAD_LATER:
+        importlib.import_module(name)
     while True:
         try:
             request = channel.recv()
