@@ -12,8 +12,10 @@ PIP_TORCH_ARGS ?=
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
-# More overrides for the quickstart's training, such as ARGS="train.steps=500".
+# More overrides for the quickstart's training, such as ARGS="train.steps=500"; ENGINE=deepspeed for ZeRO.
 ARGS ?=
+ENGINE ?= megatron
+QUICKSTART := runs/quickstart$(if $(filter-out megatron,$(ENGINE)),_$(ENGINE))
 
 .PHONY: help setup quickstart test test-all lint format clean
 
@@ -32,15 +34,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)" -e ".[dev,data]"
 	@touch $@
 
-quickstart: setup ## Make a corpus, train on 4 ranks, generate, report (ARGS="train.steps=500" for more)
+quickstart: setup ## Make a corpus, train on 4 ranks, generate, report (ENGINE=deepspeed, ARGS="train.steps=500")
 	@echo "== 1/4 data: the source of Python's standard library as a corpus in runs/data/python_stdlib"
 	$(BIN)/megafab data out=runs/data/python_stdlib tokenizer.vocab=4096
-	@echo "== 2/4 train: a small Llama, tensor parallel 2 x pipeline parallel 2, into runs/quickstart"
-	$(BIN)/megafab train recipe=quickstart $(ARGS)
+	@echo "== 2/4 train: a small Llama, tensor parallel 2 x pipeline parallel 2, into $(QUICKSTART)"
+	$(BIN)/megafab train recipe=quickstart engine=$(ENGINE) run.dir=$(QUICKSTART) $(ARGS)
 	@echo "== 3/4 generate: text from its last checkpoint"
-	$(BIN)/megafab generate checkpoint=runs/quickstart prompt="def main("
-	@echo "== 4/4 report: runs/quickstart/report.html"
-	$(BIN)/megafab report runs/quickstart
+	$(BIN)/megafab generate checkpoint=$(QUICKSTART) prompt="def main("
+	@echo "== 4/4 report: $(QUICKSTART)/report.html"
+	$(BIN)/megafab report $(QUICKSTART)
 
 test: setup ## Tests that need neither a GPU nor much time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from megafab.engine import capabilities
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,13 @@ def test_the_quoted_loop_is_the_loop():
     indented = "\n".join(f"        {line}" if line else "" for line in quoted.rstrip().split("\n"))
     assert len(quoted.splitlines()) > 15
     assert indented in source
+
+
+def test_the_table_of_engines_is_that_of_the_code():
+    (quoted,) = re.findall(
+        r"<!-- python -m megafab.engine.capabilities -->\n(.*?)<!-- end -->", README, re.DOTALL
+    )
+    assert "\n".join(line.strip() for line in quoted.strip().splitlines()) == capabilities.table().strip()
 
 
 def test_the_quoted_mistakes_get_the_quoted_answers(capsys, tmp_path, monkeypatch):

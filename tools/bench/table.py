@@ -1,6 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
+        [engines]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import checkpoint
 import common
+import engines
 import optimizers
 import overhead
 import peers
@@ -52,6 +54,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data_build": data_build,
     "checkpoint": checkpoint.report,
     "optimizers": optimizers.report,
+    "engines": engines.report,
 }
 
 
