@@ -42,6 +42,8 @@ NEEDS = {
     Feature.sequence: {Feature.tensor},
     Feature.interleaved: {Feature.pipeline},
 }
+# Two micro-batches a data rank, or four: enough to accumulate, and to fill a pipeline.
+SMALLER = ("model.hidden=32", "model.ffn=64", "model.seq_len=32", "train.global_batch=4", "optim.lr=3e-3")
 CLIP = 0.3
 VERIFIED = [mode for mode in MODES if mode.verified]
 BF16, EXPERT, INTERLEAVED = Feature.bf16, Feature.expert, Feature.interleaved
@@ -102,7 +104,7 @@ def run(ranks, corpus, tmp_path_factory) -> Run:
         key = world, *overrides
         if key not in cache:
             directory = tmp_path_factory.mktemp("run")
-            fixed = [*SMALL_MODEL, *SHORT_RUN, f"optim.clip={CLIP}"]
+            fixed = [*SMALL_MODEL, *SHORT_RUN, *SMALLER, f"optim.clip={CLIP}"]
             arguments = [*fixed, f"data.path={corpus}", f"run.dir={directory}", *overrides]
             assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
             cache[key] = rows(directory)
