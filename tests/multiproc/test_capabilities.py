@@ -63,20 +63,6 @@ def name_of(features: frozenset[Feature]) -> str:
     return "+".join(feature.value for feature in Feature if feature in features) or "data"
 
 
-def cases(chosen: Callable[[Mode, frozenset[Feature]], bool]) -> list[Any]:
-    """The verified sets of all modes; those not chosen are slow."""
-    return [
-        pytest.param(
-            mode,
-            features,
-            id=f"{mode.name}: {name_of(features)}",
-            marks=() if chosen(mode, features) else pytest.mark.slow,
-        )
-        for mode in VERIFIED
-        for features in mode.verified
-    ]
-
-
 def parts(mode: Mode) -> Iterator[frozenset[Feature]]:
     """Every set of features within the verified ones that a configuration can have."""
     seen = set[frozenset[Feature]]()
@@ -135,12 +121,11 @@ def check(run: Run, mode: Mode, features: frozenset[Feature], model: tuple[str, 
     assert_same_curve(found, reference, tolerance)
 
 
-def is_quick(mode: Mode, features: frozenset[Feature]) -> bool:
-    """In every test run: where four ranks are enough. Eight take a minute on two cores."""
-    return mode.engine is EngineName.deepspeed and mode.offload is Offload.none and ranks_of(features) < 8
-
-
-@pytest.mark.parametrize(("mode", "features"), cases(is_quick))
+@pytest.mark.slow  # eight ranks on two cores take a minute
+@pytest.mark.parametrize(
+    ("mode", "features"),
+    [pytest.param(m, all_of, id=f"{m.name}: {name_of(all_of)}") for m in VERIFIED for all_of in m.verified],
+)
 def test_all_at_once_equals_one_rank(mode: Mode, features: frozenset[Feature], run: Run) -> None:
     check(run, mode, features, MOE if EXPERT in features else ())
 
