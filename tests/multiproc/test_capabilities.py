@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
@@ -99,15 +99,26 @@ def run(ranks, corpus, tmp_path_factory) -> Run:
     return run
 
 
-def assert_same_curve(found: Rows, expected: Rows, tolerance: float) -> None:
+class Tolerance(NamedTuple):
+    """Relative, of losses and of gradient norms."""
+
+    loss: float
+    norm: float
+
+
+FP32 = Tolerance(1e-5, 1e-5)
+# Late in a run the norm of a few small batches amplifies what bf16 rounds away.
+ROUNDED = Tolerance(2e-3, 1e-1)
+
+
+def assert_same_curve(found: Rows, expected: Rows, tolerance: Tolerance) -> None:
     assert len(found) == len(expected) == 20
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.3, "the reference must have learned something"
     assert min(row["grad_norm"] for row in expected) > CLIP, "clipping must have acted"
     for a, b in zip(found, expected, strict=True):
-        for key in ("loss", "grad_norm"):
-            slack = tolerance if key == "loss" else 10 * tolerance
+        for key, slack in (("loss", tolerance.loss), ("grad_norm", tolerance.norm)):
             assert math.isclose(a[key], b[key], rel_tol=slack), (a["step"], key, a[key], b[key])
-    assert math.isclose(found[-1]["valid_loss"], expected[-1]["valid_loss"], rel_tol=tolerance)
+    assert math.isclose(found[-1]["valid_loss"], expected[-1]["valid_loss"], rel_tol=tolerance.loss)
 
 
 def check(run: Run, mode: Mode, features: frozenset[Feature], model: tuple[str, ...]) -> None:
@@ -115,9 +126,9 @@ def check(run: Run, mode: Mode, features: frozenset[Feature], model: tuple[str, 
     world = ranks_of(features)
     found = run(world, *model, *overrides_of(mode, features))
     if BF16 in features:
-        reference, tolerance = run(world, *model, *overrides_of(MODES[0], features)), 2e-3
+        reference, tolerance = run(world, *model, *overrides_of(MODES[0], features)), ROUNDED
     else:
-        reference, tolerance = run(1, *model, *MODES[0].overrides), 1e-5
+        reference, tolerance = run(1, *model, *MODES[0].overrides), FP32
     assert_same_curve(found, reference, tolerance)
 
 
@@ -190,9 +201,9 @@ def test_tied_embeddings_equal_one_rank(mode: Mode, layout: str, run: Run) -> No
 def test_reduction_that_does_not_overlap_gives_the_same(stage: int, run: Run) -> None:
     mode = next(m for m in MODES if m.zero_stage == stage and m.offload is Offload.none)
     found = run(2, *mode.overrides, "engine.overlap_grad_reduce=false", "engine.bucket_parameters=20000")
-    assert_same_curve(found, run(1, *MODES[0].overrides), 1e-5)
+    assert_same_curve(found, run(1, *MODES[0].overrides), FP32)
 
 
 def test_stage_3_without_persistent_parameters_gives_the_same(run: Run) -> None:
     found = run(2, "engine=deepspeed", "engine.zero_stage=3", "engine.persistent_parameters=0")
-    assert_same_curve(found, run(1, *MODES[0].overrides), 1e-5)
+    assert_same_curve(found, run(1, *MODES[0].overrides), FP32)
