@@ -128,3 +128,37 @@ def test_no_operation_is_compiled(mode: Mode, ranks, arguments, tmp_path, monkey
     ranks.run(norms, [*arguments, *mode.overrides], [APPLY], world=2, init=False)
     assert not list(built.rglob("*.so"))
     assert not list(built.rglob("*.ninja"))
+
+
+def there_and_back(rank: int, world: int, overrides: list[str]) -> tuple[list[float], list[float]]:
+    """Norms of two steps after a save; and again, after going back to it in the same process."""
+    run = build_run(overrides, world)
+    progress = Progress()
+
+    def steps(progress: Progress, count: int) -> tuple[Progress, list[float]]:
+        found = []
+        for _ in range(count):
+            plan = run.schedules.at(progress)
+            run.engine.forward_backward(run.loader.take(plan), plan, run.bus.loss)
+            stats = run.engine.gradient_stats()
+            progress = progress.advance(plan, run.engine.update(plan, Verdict(), stats))
+            found.append(stats.norm)
+        return progress, found
+
+    with run.checkpoints:
+        progress, _ = steps(progress, 2)
+        run.checkpoints.save(progress, wait=True)
+        _, first = steps(progress, 2)
+        back = run.checkpoints.restore()
+        assert back == progress
+        _, again = steps(back, 2)
+    run.loader.close()
+    return first, again
+
+
+@pytest.mark.parametrize("mode", VERIFIED, ids=lambda mode: mode.name)
+def test_a_run_goes_back_to_its_checkpoint(mode: Mode, ranks, arguments):
+    """What a roll-back is, in every mode: weights, moments and data as they were, to the bit."""
+    overrides = [*arguments, *mode.overrides, *LAYOUT, "checkpoint.resume=auto"]
+    for first, again in ranks.run(there_and_back, overrides, world=4, init=False):
+        assert first == again
