@@ -43,7 +43,7 @@ NEEDS = {
     Feature.interleaved: {Feature.pipeline},
 }
 # Two micro-batches a data rank, or four: enough to accumulate, and to fill a pipeline.
-SMALLER = ("model.hidden=32", "model.ffn=64", "model.seq_len=32", "train.global_batch=4", "optim.lr=3e-3")
+SMALLER = ("model.hidden=32", "model.ffn=64", "model.seq_len=32", "train.micro_batch=2", "optim.lr=2e-3")
 CLIP = 0.3
 VERIFIED = [mode for mode in MODES if mode.verified]
 BF16, EXPERT, INTERLEAVED = Feature.bf16, Feature.expert, Feature.interleaved
