@@ -37,17 +37,22 @@ REQUIRED = (
 )
 _UNUSED = "nothing in this version"
 OPTIONAL = (
-    Part("transformer-engine", "a fused Adam on GPUs", "pip install 'megafab[gpu]'", "transformer_engine"),
-    Part("apex", "a fused Adam on GPUs without Transformer Engine", "build it from github.com/NVIDIA/apex"),
+    Part(
+        "transformer-engine",
+        f"{_UNUSED}",
+        "pip install 'megafab[gpu]'",
+        "transformer_engine",
+    ),
+    Part("apex", f"{_UNUSED}: AdamW is PyTorch's fused one", "build it from github.com/NVIDIA/apex"),
     Part("flash-attn", f"{_UNUSED}: attention is PyTorch's own", "pip install 'megafab[gpu]'", "flash_attn"),
-    Part("deepspeed", f"{_UNUSED}: its engine is to come", "pip install deepspeed"),
+    Part("deepspeed", "engine=deepspeed: ZeRO and offload", "pip install deepspeed"),
     Part("wandb", "following runs in the browser", "pip install wandb"),
     Part("tensorboard", "tracking.tensorboard=true", "pip install tensorboard"),
     Part("datasets", "training text from the Hugging Face Hub", "pip install datasets"),
     Part("pyarrow", "Parquet sources", "pip install 'megafab[data]'"),
     Part("zstandard", ".zst sources", "pip install 'megafab[data]'"),
     Part("faiss-cpu", f"{_UNUSED}: retrieval is to come", "pip install faiss-cpu", "faiss"),
-    Part("transformers", f"{_UNUSED}: export is to come", "pip install 'megafab[eval]'"),
+    Part("transformers", "the judge of megafab ckpt convert", "pip install 'megafab[eval]'"),
 )
 COMMANDS = (
     Part("g++", "compiling extensions in C++", "install a C++ compiler"),
