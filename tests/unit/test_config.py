@@ -127,8 +127,8 @@ VALUE_MISTAKES = {
     "model.layers.x=3": (*UNKNOWN, "did you mean model.layers?"),
     "hydra.verbose=true": (
         *UNKNOWN,
-        "use one of model, parallel, engine, train, optim, schedule, data, eval, checkpoint, tracking, "
-        "techniques, run, launch",
+        "use one of model, parallel, engine, train, optim, schedule, data, eval, checkpoint, resilience, "
+        "tracking, techniques, run, launch",
     ),
     "checkpoint.qqqq=3": (
         *UNKNOWN,
