@@ -19,6 +19,7 @@ from megafab.config.tree import to_tree
 from megafab.data import mixture
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
+from megafab.data.plan import DataPlan
 from megafab.engine.base import Engine
 from megafab.engine.capabilities import mode_of
 from megafab.engine.config import EngineName
@@ -33,7 +34,7 @@ from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
 from megafab.run import Batch, Cadence, Run, Validation
 from megafab.techniques import catalogue
-from megafab.techniques.base import Clock, RunPlan
+from megafab.techniques.base import Clock, Facts, RunPlan
 from megafab.techniques.bus import Bus
 from megafab.telemetry.metrics import build_telemetry, peak_flops
 from megafab.topology import groups as topology
@@ -61,17 +62,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     shape = ModelShape.of(config.model, corpus.vocab_size)
     mesh = Mesh.of(config.parallel, ranks)
     groups = topology.initialize(mesh, seed=config.train.seed, timeout_minutes=config.launch.timeout_minutes)
-    kind = _engine_class(config.engine.name)
-    bus = Bus(
-        catalogue.build(config.techniques, config.train.seed),
-        seed=config.train.seed,
-        data_rank=mesh.data_rank(groups.rank),
-        capabilities=kind.capabilities,
-        agree_max=groups.agree_max,
-        message=message if groups.rank == 0 else _silent,
-    )
-    engine = _engine(kind, config, shape, groups, bus, corpus)
-    weights = mixture.weights(config.data.mixture, corpus)
+    weights = mixture.weights(config.data.mixture, corpus, config.data.temperature)
     schedules = Schedules(
         config.train,
         config.optim,
@@ -79,7 +70,19 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         seq_len=config.model.seq_len,
         domain_weights=weights,
         data_ranks=mesh.data,
+        flops_per_token=shape.flops_per_token(),
     )
+    kind = _engine_class(config.engine.name)
+    bus = Bus(
+        catalogue.build(config.techniques, _facts(config, shape, corpus, weights, schedules.total_steps)),
+        seed=config.train.seed,
+        data_rank=mesh.data_rank(groups.rank),
+        capabilities=kind.capabilities,
+        agree_max=groups.agree_max,
+        message=message if groups.rank == 0 else _silent,
+    )
+    data = DataPlan(corpus)
+    engine = _engine(kind, config, shape, groups, bus, data)
     loader = Loader(
         corpus,
         split="train",
@@ -89,6 +92,9 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         data_rank=mesh.data_rank(groups.rank),
         data_ranks=mesh.data,
         prefetch=config.data.prefetch,
+        plan=data,
+        block=config.data.block,
+        max_epochs=config.data.max_epochs,
     )
     plain = to_tree(config)
     peak = peak_flops(platform.device_name())
@@ -99,7 +105,6 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         header=_header(config, shape, mesh, corpus, weights, engine.memory()),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
-        flops_per_token=shape.flops_per_token(),
         peak_flops=peak * ranks if peak else None,
         total_steps=schedules.total_steps,
         synchronize=platform.synchronize,
@@ -141,6 +146,20 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     )
 
 
+def _facts(
+    config: RunConfig, shape: ModelShape, corpus: Corpus, weights: tuple[float, ...], steps: int
+) -> Facts:
+    return Facts(
+        seed=config.train.seed,
+        shape=shape,
+        domains=corpus.domains,
+        weights=weights,
+        tokens=corpus.tokens("train"),
+        text_bytes=corpus.text_bytes("train"),
+        steps=steps,
+    )
+
+
 def _engine_class(name: EngineName) -> type[MegatronEngine] | type[DeepSpeedEngine]:
     if name is EngineName.megatron:
         return MegatronEngine
@@ -155,7 +174,7 @@ def _engine(
     shape: ModelShape,
     groups: Groups,
     bus: Bus,
-    corpus: Corpus,
+    data: DataPlan,
 ) -> Engine:
     plan = model_plan.plan(
         shape,
@@ -165,8 +184,8 @@ def _engine(
         sequence_parallel=config.parallel.sequence,
         context_method=config.parallel.context_method,
     )
-    bus.plan(RunPlan(plan), groups.mesh)
-    clock = Clock(data_rank=groups.mesh.data_rank(groups.rank))
+    bus.plan(RunPlan(plan, data), groups.mesh)
+    clock = Clock()
     chunks = model_plan.build(plan, groups, config.train.seed)
     bus.build(chunks, clock)
     return kind(
@@ -178,7 +197,10 @@ def _engine(
         context_method=config.parallel.context_method,
         clock=clock,
         ledger=lambda: LossLedger(
-            corpus.domains, bus.terms, device=platform.device, sum_ranks=groups.sum_over_job
+            data.corpus.domains,
+            (*bus.terms, *bus.notes),
+            device=platform.device,
+            sum_ranks=groups.sum_over_job,
         ),
     )
 

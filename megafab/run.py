@@ -6,7 +6,7 @@ Shape suffixes: B sequences of one data rank in one step, L sequence length, D d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 class Progress:
     """How far training is. All counts are global, so that they survive a change of topology.
 
-    `tokens` counts positions the model computed (samples x sequence length), padding included;
+    `tokens` counts positions the model computed (rows x sequence length), padding included, `layer_tokens`
+    the same with positions that a layer left out not counted for it, `flops` the model FLOPs of it all;
     `skipped` counts steps whose update was discarded, `skipped_in_a_row` the current streak.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    layer_tokens: int = 0
+    flops: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
 
@@ -44,7 +47,9 @@ class Progress:
             self,
             step=self.step + 1,
             samples=self.samples + plan.global_batch,
-            tokens=self.tokens + plan.global_batch * plan.seq_len,
+            tokens=self.tokens + plan.tokens,
+            layer_tokens=self.layer_tokens + plan.layer_tokens,
+            flops=self.flops + plan.flops,
             skipped=self.skipped + (not outcome.applied),
             skipped_in_a_row=0 if outcome.applied else self.skipped_in_a_row + 1,
         )
@@ -54,7 +59,17 @@ class Progress:
 class StepPlan:
     """What one step will do; a pure function of progress and techniques' state, identical on every rank.
 
-    `domain_weights` sums to 1, in the order of the corpus' domains. `micro_batches` is per data rank.
+    Sizes: `global_batch` and `micro_batch` count samples, `micro_batches` is per data rank; a sample becomes
+    `rows_per_sample` rows of `seq_len` tokens. `kept_tokens` is how many of a row's tokens the layers that
+    drop tokens keep, `mean_kept_tokens` the mean of all layers; None: all. `flops` are the model FLOPs of the
+    whole step.
+
+    Data: `domain_weights` sums to 1, in the order of the corpus' domains; `replayed` are the domains whose
+    joint weight is dealt out exactly instead of drawn; `admitted` has for each domain how many of its easiest
+    windows may be drawn, None for all.
+
+    With `losses_first`, the losses of all samples are known before the first backward pass
+    (`loss.terms.LossTerms.population`), at the price of one more forward pass.
     """
 
     step: int
@@ -65,7 +80,24 @@ class StepPlan:
     micro_batches: int
     seq_len: int
     domain_weights: tuple[float, ...]
-    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rows_per_sample: int = 1
+    kept_tokens: int | None = None
+    mean_kept_tokens: int | None = None
+    flops: float = 0.0
+    replayed: tuple[int, ...] = ()
+    admitted: tuple[int, ...] | None = None
+    losses_first: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the model computes."""
+        return self.global_batch * self.rows_per_sample * self.seq_len
+
+    @property
+    def layer_tokens(self) -> int:
+        """Positions that the mean layer computes."""
+        kept = self.seq_len if self.mean_kept_tokens is None else self.mean_kept_tokens
+        return self.global_batch * self.rows_per_sample * kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +107,7 @@ class Batch:
     `labels_BL[b, l]` is the token after `tokens_BL[b, l]`; `loss_mask_BL` is 0 where no prediction is
     asked for (a label in the next document). `document_BL` numbers the documents inside a row from 0,
     and `position_BL` restarts with each of them when packing is `document`. `sample_B` is the global
-    sample index, `domain_B` the domain's index.
+    sample index, `domain_B` the domain's index. `columns` are further values of the positions, each [B, L].
     """
 
     tokens_BL: torch.Tensor  # int64
@@ -85,7 +117,7 @@ class Batch:
     document_BL: torch.Tensor  # int32
     domain_B: torch.Tensor  # int64
     sample_B: torch.Tensor  # int64
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
 
     def rows(self, start: int, stop: int) -> Batch:
         """The same batch with rows `start:stop` only."""
@@ -97,7 +129,7 @@ class Batch:
             self.document_BL[start:stop],
             self.domain_B[start:stop],
             self.sample_B[start:stop],
-            {name: value[start:stop] for name, value in self.extra.items()},
+            {name: value[start:stop] for name, value in self.columns.items()},
         )
 
     @staticmethod
@@ -105,17 +137,21 @@ class Batch:
         """The rows of several batches, in order."""
         import torch  # here, so that reading a run's records does not need it
 
-        names = [field.name for field in fields(Batch) if field.name != "extra"]
-        columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-        extra = {key: torch.cat([batch.extra[key] for batch in batches]) for key in batches[0].extra}
-        return Batch(**columns, extra=extra)
+        joined: dict[str, Any] = {}
+        for name in Batch.__slots__:
+            values = [getattr(batch, name) for batch in batches]
+            if isinstance(values[0], torch.Tensor):
+                joined[name] = torch.cat(values)
+            else:
+                joined[name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        return Batch(**joined)
 
     def without_labels(self) -> Batch:
         """The same rows asked to predict nothing: they count for nothing."""
         return replace(self, loss_mask_BL=self.loss_mask_BL * 0)
 
     def positions(self, where_L: torch.Tensor) -> Batch:
-        """The same rows cut to some positions of the sequence: a context rank's part. `extra` stays whole."""
+        """The same rows cut to some positions of the sequence, such as a context rank's."""
         return replace(
             self,
             tokens_BL=self.tokens_BL[:, where_L],
@@ -123,6 +159,7 @@ class Batch:
             loss_mask_BL=self.loss_mask_BL[:, where_L],
             position_BL=self.position_BL[:, where_L],
             document_BL=self.document_BL[:, where_L],
+            columns={name: value[:, where_L] for name, value in self.columns.items()},
         )
 
 

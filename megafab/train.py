@@ -43,6 +43,7 @@ def fit(run: Run) -> Progress:
         while run.schedules.remaining(progress):
             run.telemetry.begin(progress.step + 1)
             plan = run.bus.schedule(run.schedules.at(progress), progress)
+            plan = run.loader.limit(plan)
 
             with part("data"):
                 batch = run.bus.batch(run.loader.take(plan), plan)

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+from megafab.config import technique_rules
+from megafab.config.rule import (
+    CorpusFacts,
+    Facts,
+    Range,
+    Rule,
+    Violation,
+    below_one,
+    not_negative,
+    positive,
+    table,
+    value_at,
+)
 from megafab.config.schema import Precision, Recompute, RunConfig
 from megafab.config.tree import did_you_mean
 from megafab.engine.capabilities import Feature, mode_of
@@ -25,6 +37,9 @@ from megafab.optim.config import WHOLE_MATRICES, OptimName, ScheduleKind
 from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
+RULES: list[Rule] = []
+rule = table(RULES)
+
 MANIFEST = "manifest.json"
 # A vocabulary may be this much larger than the tokenizer's: padding, not another tokenizer's size.
 VOCAB_SLACK = 1024
@@ -32,91 +47,6 @@ VOCAB_SLACK = 1024
 
 class RuleErrors(ConfigErrors):
     """The rules a configuration breaks, one line each, beginning with the rule's id in brackets."""
-
-
-class Violation(NamedTuple):
-    """One broken rule: the four parts of a `ConfigError`."""
-
-    where: str
-    found: str
-    expected: str
-    fix: str
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusFacts:
-    """What the rules need to know of a corpus, from its manifest, or why there is nothing to know.
-
-    `tokens` are those of the training split by domain, in the manifest's order.
-    """
-
-    path: str
-    vocab_size: int = 0
-    tokens: dict[str, int] = field(default_factory=dict[str, int])
-    problem: Violation | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a rule looks at: the configuration, the job's size and, when data are at hand, the corpus."""
-
-    config: RunConfig
-    ranks: int
-    corpus: CorpusFacts | None = None
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one replica of the model."""
-        parallel = self.config.parallel
-        return parallel.tensor * parallel.pipeline * parallel.context
-
-    @property
-    def data_ranks(self) -> int:
-        """Replicas of the model; 1 when the ranks do not divide, which `ranks` reports."""
-        return max(1, self.ranks // self.model_ranks)
-
-    @property
-    def data(self) -> CorpusFacts | None:
-        """The corpus, when there is one to speak of."""
-        return None if self.corpus is None or self.corpus.problem else self.corpus
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads of the model."""
-        return self.config.model.kv_heads or self.config.model.heads
-
-    @property
-    def shape(self) -> ModelShape | None:
-        """The model's sizes; None without a vocabulary."""
-        vocab = self.data.vocab_size if self.data else None
-        if self.config.model.vocab is None and vocab is None:
-            return None
-        return ModelShape.of(self.config.model, vocab)
-
-
-Find = Callable[[Facts], Iterator[Violation]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A rule of the table. Rules with `relates` compare sizes, and wait until every size is a valid one."""
-
-    id: str
-    find: Find
-    relates: bool
-
-
-RULES: list[Rule] = []
-
-
-def rule(id: str, *, relates: bool = True) -> Callable[[Find], Find]:
-    """Enter the decorated function into the table under `id`."""
-
-    def enter(find: Find) -> Find:
-        RULES.append(Rule(id, find, relates))
-        return find
-
-    return enter
 
 
 def check_all(config: RunConfig, *, ranks: int, corpus: CorpusFacts | None) -> None:
@@ -133,7 +63,7 @@ def check_all(config: RunConfig, *, ranks: int, corpus: CorpusFacts | None) -> N
     facts = Facts(config, ranks, corpus)
     problems: list[ConfigError] = []
     sizes_valid = not any(_sizes(facts))
-    for one in RULES:
+    for one in (*RULES, *technique_rules.RULES):
         if sizes_valid or not one.relates:
             problems += [ConfigError(f"[{one.id}] {where}", *rest) for where, *rest in one.find(facts)]
     if problems:
@@ -172,7 +102,7 @@ _AT_LEAST_ONE = (
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
-    *("optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
+    *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
     *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
@@ -180,13 +110,6 @@ _AT_LEAST_ZERO = (
     *("engine.persistent_parameters", "resilience.check_every"),
     *("checkpoint.every", "checkpoint.keep_every"),
 )
-
-
-def value_at(config: Any, key: str) -> Any:
-    """The value of a dotted key; None below a section that is null."""
-    for name in key.split("."):
-        config = None if config is None else getattr(config, name)
-    return config
 
 
 @rule("size", relates=False)
@@ -200,64 +123,35 @@ def _sizes(facts: Facts) -> Iterator[Violation]:
                 )
 
 
-class _Range(NamedTuple):
-    key: str
-    low: float
-    high: float
-    text: str
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
-
-
-def _positive(key: str) -> _Range:
-    return _Range(key, 0, math.inf, "more than 0", open_low=True)
-
-
-def _not_negative(key: str) -> _Range:
-    return _Range(key, 0, math.inf, "0 or more")
-
-
-def _below_one(key: str) -> _Range:
-    return _Range(key, 0, 1, "at least 0 and below 1", open_high=True)
-
-
 _RANGES = (
-    _positive("model.norm_eps"),
-    _positive("model.rope_base"),
-    _positive("model.init_std"),
-    _below_one("model.dropout"),
-    _not_negative("model.moe.aux_loss"),
-    _not_negative("model.moe.z_loss"),
-    _positive("model.moe.capacity_factor"),
-    _positive("optim.lr"),
-    _not_negative("optim.weight_decay"),
-    _below_one("optim.beta1"),
-    _below_one("optim.beta2"),
-    _positive("optim.eps"),
-    _not_negative("optim.clip"),
-    _below_one("optim.muon.momentum"),
-    _positive("optim.muon.adamw_lr_ratio"),
-    _below_one("optim.soap.shampoo_beta"),
-    _not_negative("schedule.warmup"),
-    _not_negative("schedule.decay"),
-    _Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
-    _not_negative("techniques.z_loss.weight"),
-    _below_one("techniques.ema.decay"),
+    positive("model.norm_eps"),
+    positive("model.rope_base"),
+    positive("model.init_std"),
+    below_one("model.dropout"),
+    not_negative("model.moe.aux_loss"),
+    not_negative("model.moe.z_loss"),
+    positive("model.moe.capacity_factor"),
+    positive("optim.lr"),
+    not_negative("optim.weight_decay"),
+    below_one("optim.beta1"),
+    below_one("optim.beta2"),
+    positive("optim.eps"),
+    not_negative("optim.clip"),
+    below_one("optim.muon.momentum"),
+    positive("optim.muon.adamw_lr_ratio"),
+    below_one("optim.soap.shampoo_beta"),
+    not_negative("schedule.warmup"),
+    not_negative("schedule.decay"),
+    Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
+    not_negative("data.temperature"),
+    positive("data.max_epochs"),
 )
 
 
 @rule("range", relates=False)
 def _ranges(facts: Facts) -> Iterator[Violation]:
     for allowed in _RANGES:
-        value = value_at(facts.config, allowed.key)
-        if value is not None and not allowed.holds(value):
-            where, fix = f"{allowed.key}={value:g}", f"give {allowed.key} a value {allowed.text}"
-            yield Violation(where, f"{value:g}", allowed.text, fix)
+        yield from allowed.violations(facts)
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -788,6 +682,23 @@ def _mixture_weights(facts: Facts) -> Iterator[Violation]:
     elif all(map(math.isfinite, mixture.values())) and not math.isfinite(sum(mixture.values())):
         fix = "scale them down"
         yield Violation("data.mixture", "weights too large to add up", "numbers like shares", fix)
+
+
+@rule("temperature")
+def _temperature(facts: Facts) -> Iterator[Violation]:
+    data = facts.config.data
+    if data.mixture is not None and data.temperature != 1.0:
+        where, fix = f"data.temperature={data.temperature:g}", "leave one of the two out"
+        yield Violation(where, "data.mixture, which gives the weights itself", "data.mixture=null", fix)
+
+
+@rule("mixture-block")
+def _mixture_block(facts: Facts) -> Iterator[Violation]:
+    block = facts.config.data.block
+    for key, size in _batches(facts):
+        if size % block:
+            where, fix = f"data.block={block}", f"data.block=1, or {key}={_next_multiple(size, block)}"
+            yield Violation(where, f"{key}={size}", "whole blocks in every step", fix)
 
 
 @rule("domain-length")

@@ -21,6 +21,9 @@ class DataConfig:
 
     path: str = MISSING  # the directory with manifest.json
     mixture: dict[str, float] | None = None  # domain weights; null: by training tokens
+    temperature: float = 1.0  # of mixture=null: weights are tokens^temperature; 0: all domains alike
+    max_epochs: float | None = None  # a domain read this often is left out from then on; null: no limit
+    block: int = 1  # samples in a row that come from one domain; train.micro_batch: a domain a micro-batch
     packing: Packing = Packing.document
     prefetch: bool = True  # read the next step's batch in a background thread
 

@@ -216,6 +216,10 @@ class Corpus:
         """Tokens of each domain in `split`, EODs included."""
         return tuple(domain["splits"][split]["tokens"] for domain in self.manifest["domains"])
 
+    def text_bytes(self, split: str) -> tuple[int, ...]:
+        """UTF-8 bytes of the text of each domain in `split`."""
+        return tuple(domain["splits"][split]["bytes"] for domain in self.manifest["domains"])
+
     def documents(self, split: str) -> tuple[int, ...]:
         """Documents of each domain in `split`."""
         return tuple(domain["splits"][split]["documents"] for domain in self.manifest["domains"])

@@ -12,8 +12,8 @@ G samples of a step over all data ranks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +22,15 @@ import torch
 from megafab.data import mixture, order
 from megafab.data.config import Packing
 from megafab.data.packing import pack
+from megafab.data.plan import Column, DataPlan
 from megafab.errors import UserError
 from megafab.run import Batch, StepPlan
 
 if TYPE_CHECKING:
     from megafab.data.format import Corpus
+
+
+_LOG = 1000  # stretches of the mixture that are remembered; an online policy makes one a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,9 @@ class _Step:
     first_sample: int
     counts_D: tuple[int, ...]
     global_batch: int
+    micro_batch: int
     weights_D: tuple[float, ...]
+    replayed: tuple[int, ...]
 
 
 _Read = tuple[Batch, tuple[int, ...]]  # this data rank's rows, and the counts after the step
@@ -54,10 +60,14 @@ class Loader:
         seed: of the mixture's draws and of the order of windows.
         seq_len: L.
         packing: how documents share a row.
-        data_rank: this replica's number among `data_ranks`. Data rank r gets rows
-            `[r * G / data_ranks, (r + 1) * G / data_ranks)` of every step.
+        data_rank: this replica's number among `data_ranks`. The m-th micro-batches of all data ranks together
+            are the m-th `micro_batch * data_ranks` samples of the step, so that what is decided over such a
+            group depends on its size only.
         data_ranks: the number of model replicas.
         prefetch: read the next step's rows in a thread while the current step computes.
+        plan: what techniques have asked for; None: nothing.
+        block: samples in a row that come from one domain.
+        max_epochs: a domain that was read this often is left out from then on; None: no limit.
     """
 
     def __init__(
@@ -71,14 +81,20 @@ class Loader:
         data_rank: int,
         data_ranks: int,
         prefetch: bool,
+        plan: DataPlan | None = None,
+        block: int = 1,
+        max_epochs: float | None = None,
     ) -> None:
         assert 0 <= data_rank < data_ranks
+        self._plan = plan or DataPlan(corpus)
+        self._block, self._max_epochs = block, max_epochs
         self._corpus, self._split, self._seed = corpus, split, seed
         self._seq_len, self._packing = seq_len, packing
         self._data_rank, self._data_ranks = data_rank, data_ranks
-        self._reader = _Reader(corpus, split, seq_len, packing)
+        self._reader = _Reader(corpus, split, seq_len, packing, self._plan.columns)
+        seeds = self._plan.order_seeds
         self._window_keys_D = np.array(
-            [order.stream_key(seed, "windows", name) for name in corpus.domains], np.uint64
+            [order.stream_key(seeds.get(name, seed), "windows", name) for name in corpus.domains], np.uint64
         )
         self._samples = 0
         self._counts_D = (0,) * len(corpus.domains)
@@ -92,9 +108,15 @@ class Loader:
         Raises:
             UserError: a domain with a positive weight has not enough tokens for one window.
         """
-        assert plan.seq_len == self._seq_len, (plan.seq_len, self._seq_len)
         assert plan.micro_batch * plan.micro_batches * self._data_ranks == plan.global_batch, plan
-        step = _Step(self._samples, self._counts_D, plan.global_batch, tuple(plan.domain_weights))
+        step = _Step(
+            self._samples,
+            self._counts_D,
+            plan.global_batch,
+            plan.micro_batch,
+            tuple(plan.domain_weights),
+            plan.replayed,
+        )
         new_weights = not self._log or self._log[-1][1] != step.weights_D
         if new_weights:
             require_windows(self._corpus, self._split, self._seq_len, step.weights_D)
@@ -106,13 +128,34 @@ class Loader:
                 ahead.join()
             batch, counts_D = self._read(step)
         if new_weights:
-            self._log.append((step.first_sample, step.weights_D))
+            self._log = [*self._log[-_LOG:], (step.first_sample, step.weights_D)]
         self._samples += step.global_batch
         self._counts_D = counts_D
         if self._prefetch:
-            guess = _Step(self._samples, counts_D, step.global_batch, step.weights_D)
+            guess = replace(step, first_sample=self._samples, counts_D=counts_D)
             self._ahead = _Ahead(guess, self._read)
         return batch
+
+    def limit(self, plan: StepPlan) -> StepPlan:
+        """The plan without the domains that were read `max_epochs` times; the others share their weight.
+
+        Decided between steps: a step may read past the limit by what is left of it.
+
+        Raises:
+            UserError: no domain is left.
+        """
+        if self._max_epochs is None:
+            return plan
+        exhausted_D = self._counts_D >= self._max_epochs * self._reader.windows_D
+        weights_D = mixture.limited(plan.domain_weights, exhausted_D.tolist())
+        if not any(weights_D):
+            raise UserError(
+                f"data.max_epochs={self._max_epochs:g}",
+                f"every domain read that often after {self._samples:,} samples",
+                "samples left for the rest of the run",
+                "raise data.max_epochs, add text, or end the run earlier: train.steps, train.tokens",
+            )
+        return replace(plan, domain_weights=weights_D)
 
     @property
     def consumed(self) -> dict[str, dict[str, float]]:
@@ -124,11 +167,11 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able, the same on every data rank. It grows only when the mixture's weights change.
+        """JSON-able, the same on every data rank, and small.
 
-        `samples` and `counts` resume the order; `mixture_log` holds [first sample, weights] of each
-        stretch of constant weights, from which alone the counts could be computed again; `epochs` is for
-        the reader; `order` is what the counts refer to, checked by `load_state_dict`.
+        `samples` and `counts` resume the order; `mixture_log` holds [first sample, weights] of the last
+        stretches of constant weights, and `epochs` is for the reader; `order` is what the counts refer to,
+        checked by `load_state_dict`.
         """
         epochs_D = self._counts_D // np.maximum(self._reader.windows_D, 1)
         return {
@@ -172,22 +215,31 @@ class Loader:
             "split": self._split,
             "seed": self._seed,
             "seq_len": self._seq_len,
+            "block": self._block,
+            "order_seeds": self._plan.order_seeds,
+            "columns": {name: column.fingerprint for name, column in self._plan.columns.items()},
         }
 
     def _read(self, step: _Step) -> _Read:
         """The rows of this data rank, and the counts after the step. Changes nothing."""
-        domain_G = mixture.draw(self._seed, step.first_sample, step.global_batch, step.weights_D)
+        domain_G = mixture.draw(
+            self._seed,
+            step.first_sample,
+            step.global_batch,
+            step.weights_D,
+            block=self._block,
+            replayed=step.replayed,
+        )
         counts_D = np.array(step.counts_D, np.int64)
         index_G = counts_D[domain_G] + mixture.occurrence(domain_G)
         after_D = counts_D + np.bincount(domain_G, minlength=len(counts_D))
 
-        rows = step.global_batch // self._data_ranks
-        mine = slice(self._data_rank * rows, (self._data_rank + 1) * rows)
+        sample_G = np.arange(step.global_batch)
+        mine = sample_G.reshape(-1, self._data_ranks, step.micro_batch)[:, self._data_rank].ravel()
         domain_B = domain_G[mine]
         windows_B = self._reader.windows_D[domain_B]
         window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
-        sample_B = np.arange(step.first_sample, step.first_sample + step.global_batch)[mine]
-        return self._reader.read(domain_B, window_B, sample_B), tuple(after_D.tolist())
+        return self._reader.read(domain_B, window_B, step.first_sample + mine), tuple(after_D.tolist())
 
 
 def require_windows(corpus: Corpus, split: str, seq_len: int, weights_D: Sequence[float]) -> None:
@@ -248,7 +300,15 @@ class _Reader:
     `windows_D` is the number of full windows of each domain.
     """
 
-    def __init__(self, corpus: Corpus, split: str, seq_len: int, packing: Packing) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        seq_len: int,
+        packing: Packing,
+        columns: Mapping[str, Column] | None = None,
+    ) -> None:
+        self._columns = columns or {}
         self._streams = [corpus.domain(split, domain) for domain in range(len(corpus.domains))]
         self._eod, self._seq_len, self._packing = corpus.eod, seq_len, packing
         self.windows_D = np.maximum(np.array(corpus.tokens(split), np.int64) - 1, 0) // seq_len
@@ -279,7 +339,16 @@ class _Reader:
             document_BL=torch.from_numpy(packed.document_BL),
             domain_B=torch.from_numpy(np.array(domain_B, np.int64)),
             sample_B=torch.from_numpy(np.array(sample_B, np.int64)),
+            columns={
+                name: self._column(column, domain_B, window_B) for name, column in self._columns.items()
+            },
         )
+
+    def _column(self, column: Column, domain_B: np.ndarray, window_B: np.ndarray) -> torch.Tensor:
+        """The values beside full windows [B, L]: those of the training split all are."""
+        rows = zip(domain_B.tolist(), window_B.tolist(), strict=True)
+        length = self._seq_len
+        return torch.from_numpy(np.stack([column.read(d, w * length, length) for d, w in rows]))
 
 
 class _Ahead:

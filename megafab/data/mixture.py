@@ -2,7 +2,10 @@
 
 The domain of global sample g is one uniform number, a hash of (seed, g), looked up in the cumulative
 weights in force at that step. Nothing else enters: not the data-parallel size, not the batch the sample
-is in, not the samples before it.
+is in, not the samples before it. With blocks, g // block stands for g: a block has one domain.
+
+Replayed domains are not left to chance: of any n blocks in a row they get n times their joint weight, to
+within one block, and the uniform number decides inside their group or the other only.
 
 Shape suffixes: D domains, N samples.
 """
@@ -25,11 +28,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def weights(mixture: Mapping[str, float] | None, corpus: Corpus) -> tuple[float, ...]:
+def weights(
+    mixture: Mapping[str, float] | None, corpus: Corpus, temperature: float = 1.0
+) -> tuple[float, ...]:
     """The domains' weights in the corpus' order, summing to 1, from `data.mixture`.
 
-    None weighs each domain by its training tokens. A domain that the mixture leaves out gets weight 0,
-    and a log line says so.
+    None weighs each domain by its training tokens to the power of `temperature`: 1 is the natural mixture,
+    0 gives every domain with tokens the same. A domain that the mixture leaves out gets weight 0, and a log
+    line says so.
 
     Raises:
         ConfigError: an unknown domain; a negative or non-finite weight; no positive weight at all.
@@ -44,7 +50,7 @@ def weights(mixture: Mapping[str, float] | None, corpus: Corpus) -> tuple[float,
                 "a corpus with at least one training document",
                 "build it again with `megafab data`, and see what its filters dropped",
             )
-        return _normalised(tokens_D)
+        return _normalised([tokens**temperature if tokens else 0.0 for tokens in tokens_D])
     _check(mixture, corpus.domains)
     left_out = [name for name in corpus.domains if name not in mixture]
     if left_out:
@@ -52,15 +58,54 @@ def weights(mixture: Mapping[str, float] | None, corpus: Corpus) -> tuple[float,
     return _normalised([mixture.get(name, 0.0) for name in corpus.domains])
 
 
-def draw(seed: int, first_sample: int, count: int, weights_D: Sequence[float]) -> np.ndarray:
-    """The domain of each of the global samples `first_sample .. first_sample + count - 1`: int64 [count]."""
-    cumulative_D = np.cumsum(np.asarray(weights_D, np.float64))
+def draw(
+    seed: int,
+    first_sample: int,
+    count: int,
+    weights_D: Sequence[float],
+    *,
+    block: int = 1,
+    replayed: Sequence[int] = (),
+) -> np.ndarray:
+    """The domain of each of the global samples `first_sample .. first_sample + count - 1`: int64 [count].
+
+    Args:
+        seed: of the run.
+        first_sample, count: which samples.
+        weights_D: of the domains; scaled here to sum to 1.
+        block: samples in a row that come from one domain.
+        replayed: domains whose joint weight is dealt out exactly.
+    """
+    block_N = np.arange(first_sample, first_sample + count, dtype=np.int64) // block
+    uniform_N = uniform(stream_key(seed, "mixture"), block_N)
+    weight_D = np.asarray(weights_D, np.float64)
+    old_D = np.zeros(len(weight_D), bool)
+    old_D[list(replayed)] = True
+    # Rounded, so that the last bit of weights that differ from step to step moves no sample of a group.
+    share = round(float(weight_D[old_D].sum() / weight_D.sum()), 12)
+    if share in (0.0, 1.0):
+        return _pick(weight_D, uniform_N)
+    old_N = np.floor((block_N + 1) * share) > np.floor(block_N * share)
+    return np.where(
+        old_N, _pick(np.where(old_D, weight_D, 0), uniform_N), _pick(np.where(old_D, 0, weight_D), uniform_N)
+    )
+
+
+def _pick(weight_D: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
+    """Where uniform numbers fall among the cumulative weights."""
+    cumulative_D = np.cumsum(weight_D)
     # Dividing makes the last entry exactly 1, which every uniform number is below; "right" steps over
     # domains of weight 0 even when the number falls exactly on their edge.
     cumulative_D /= cumulative_D[-1]
-    sample_N = np.arange(first_sample, first_sample + count, dtype=np.int64)
-    uniform_N = uniform(stream_key(seed, "mixture"), sample_N)
     return np.searchsorted(cumulative_D, uniform_N, side="right")
+
+
+def limited(weights_D: Sequence[float], exhausted_D: Sequence[bool]) -> tuple[float, ...]:
+    """The weights without the exhausted domains, summing to 1; as they are when none is exhausted."""
+    if not any(exhausted_D):
+        return tuple(weights_D)
+    left_D = [0.0 if gone else weight for weight, gone in zip(weights_D, exhausted_D, strict=True)]
+    return _normalised(left_D) if any(left_D) else tuple(left_D)
 
 
 def occurrence(domain_N: np.ndarray) -> np.ndarray:

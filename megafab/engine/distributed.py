@@ -61,6 +61,8 @@ class Distributed:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._core.zero_grad()
 
     def prepare(self) -> None:

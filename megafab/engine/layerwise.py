@@ -150,7 +150,9 @@ class LayerWise:
         self.slices = list(self._slices(groups))
 
     def zero_grad(self) -> None:
-        """Forget the gradients; the buffers are core's."""
+        """Forget the gradients."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._gradients = []
 
     def prepare(self) -> None:

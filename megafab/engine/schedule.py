@@ -11,6 +11,7 @@ Shapes: B sequences, L sequence on this context rank, V vocabulary on this tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megafab.engine.base import LossFunction
 from megafab.loss.cross_entropy import vocab_parallel_nll
 from megafab.loss.ledger import LossLedger
-from megafab.loss.terms import LossTerms
+from megafab.loss.terms import LossTerms, gathered
 from megafab.model.inputs import ModelInputs
 from megafab.platform import platform
 from megafab.run import Batch
@@ -39,6 +40,8 @@ class Schedule:
         groups: this rank's place.
         context_method: how sequences are split over context ranks.
         clock: told which micro-batch runs.
+        no_sync: by chunk, what to enter for all backward passes of a step but the last, so that only the
+            last one reduces gradients as it goes; empty: nothing.
         finalize: reduces the gradients over the job, called when the last backward pass is done; None:
             core's reductions, for chunks in core's DDP.
     """
@@ -50,6 +53,7 @@ class Schedule:
         groups: Groups,
         context_method: ContextMethod,
         clock: Clock,
+        no_sync: Sequence[Callable[[], AbstractContextManager[None]]] = (),
         finalize: Callable[[], None] | None = None,
     ) -> None:
         self._chunks = list(chunks)
@@ -57,15 +61,27 @@ class Schedule:
         self._context_method, self._clock = context_method, clock
         self._forward_backward = get_forward_backward_func()
         self._valid_tokens = torch.ones((), device=platform.device)
+        if no_sync:
+            # A list where there are several chunks, which core's annotation leaves out.
+            transformer.no_sync_func = list(no_sync) if len(no_sync) > 1 else no_sync[0]  # pyright: ignore
         transformer.grad_scale_func = lambda loss: loss / self._valid_tokens
         transformer.finalize_model_grads_func = (
             (lambda *_, **__: finalize()) if finalize is not None else _finalize
         )
 
     def run(
-        self, batch: Batch, micro_batch: int, loss: LossFunction, ledger: LossLedger, *, forward_only: bool
+        self,
+        batch: Batch,
+        micro_batch: int,
+        loss: LossFunction,
+        ledger: LossLedger,
+        *,
+        forward_only: bool,
+        step_losses_M: torch.Tensor | None = None,
     ) -> LossLedger:
-        """All micro-batches of `batch`; gradients stay in the chunks' buffers, reduced over the job.
+        """All micro-batches of `batch`, `micro_batch` rows at a time.
+
+        Gradients stay in the chunks' buffers, reduced over the job. `step_losses_M` is from `row_losses`.
 
         Returns:
             `ledger`, with this rank's sums if it is one that counts the loss.
@@ -76,10 +92,11 @@ class Schedule:
 
         def forward_step(data: Iterator[tuple[int, ModelInputs]], model: torch.nn.Module):
             self._clock.micro_batch, inputs = next(data)
+            self._clock.samples = tuple(inputs.rows.sample_B.tolist())
             output = model(
                 inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
             )
-            return output, lambda logits_LBV: self._sum_loss(logits_LBV, inputs, loss, ledger)
+            return output, lambda logits_LBV: self._sum_loss(logits_LBV, inputs, loss, ledger, step_losses_M)
 
         def micro_batches() -> Iterator[ModelInputs]:
             for start in range(0, count * micro_batch, micro_batch):
@@ -97,6 +114,24 @@ class Schedule:
         )
         return ledger
 
+    def row_losses(self, batch: Batch, micro_batch: int, ledger: LossLedger) -> torch.Tensor | None:
+        """The mean nll of every row of the step on all data ranks, in sample order: `step_losses_M` of `run`.
+
+        It costs a forward pass, and a message between the data ranks of the last stage. None on other stages.
+        """
+        losses: list[torch.Tensor] = []
+
+        def collect(terms: LossTerms, rows: Batch) -> None:
+            losses.append(terms.row_losses())
+
+        self.run(batch, micro_batch, collect, ledger, forward_only=True)
+        if not losses:
+            return None
+        mine = torch.stack(losses)  # [micro-batches, rows of one]
+        if self._groups.data.size() > 1:
+            mine = gathered(mine.unsqueeze(0), self._groups.data).transpose(0, 1)
+        return mine.flatten()
+
     def _count_valid_tokens(self, batch: Batch) -> torch.Tensor:
         """Valid tokens of the step over all data ranks: a device scalar, no host sync."""
         mine = (batch.loss_mask_BL != 0).sum().float().to(platform.device)
@@ -105,7 +140,12 @@ class Schedule:
         return mine.clamp_(min=1.0)
 
     def _sum_loss(
-        self, logits_LBV: torch.Tensor, inputs: ModelInputs, loss: LossFunction, ledger: LossLedger
+        self,
+        logits_LBV: torch.Tensor,
+        inputs: ModelInputs,
+        loss: LossFunction,
+        ledger: LossLedger,
+        step_losses_M: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """The micro-batch's loss for the schedule: (sum, a token count nobody reads, nothing to collect)."""
         terms = LossTerms(
@@ -114,6 +154,10 @@ class Schedule:
             mask_BL=inputs.loss_mask_BL,
             domain_B=inputs.domain_B,
             tensor_group=self._groups.tensor,
+            context_group=self._groups.context,
+            data_group=self._groups.data,
+            step_losses_M=step_losses_M,
+            micro_batch=self._clock.micro_batch,
         )
         loss(terms, inputs.rows)
         if self._groups.counts_loss:  # the other tensor ranks have the same sums

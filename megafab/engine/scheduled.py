@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.base import LossFunction, WeightEditor
+from megafab.engine.config import EngineConfig
 from megafab.engine.schedule import Schedule
-from megafab.engine.sharded import Memory, ShardedOptimizer
+from megafab.engine.sharded import Memory, Sharding
 from megafab.engine.slices import MasterWeights, Slice, global_norm, update_scale
 from megafab.loss.ledger import LossLedger
+from megafab.model.gpt import GPT
 from megafab.model.plan import ModelPlan
 from megafab.model.tags import TaggedParameter
+from megafab.optim.config import OptimConfig
 from megafab.run import Action, Batch, GradStats, StepOutcome, StepPlan, Verdict
 from megafab.techniques.base import Clock
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
 
 
-class ScheduledEngine:
-    """Implements `engine.base.Engine`.
+class ScheduledEngine(ABC):
+    """Implements `engine.base.Engine` for the model chunks of this rank, as a subclass shards them.
 
     Args:
         plan: the plan the chunks were built from.
-        chunks: this rank's model chunks, as the schedule is to call them.
-        tagged: their parameters.
-        optimizer: the optimizer around them.
+        chunks: this rank's model chunks.
         groups: this rank's place.
-        clip: the global norm to clip to; 0: not at all.
+        engine, optim: settings.
         context_method: how sequences are split over context ranks.
         clock: told the step and the micro-batch that run, for layers that draw.
         ledger: makes an empty loss ledger.
-        finalize: see `Schedule`.
     """
 
     capabilities = frozenset({"veto", "weights"})
@@ -43,33 +44,61 @@ class ScheduledEngine:
     def __init__(
         self,
         plan: ModelPlan,
-        chunks: Sequence[torch.nn.Module],
-        tagged: Sequence[TaggedParameter],
-        optimizer: ShardedOptimizer,
+        chunks: Sequence[GPT],
         groups: Groups,
         *,
-        clip: float,
+        engine: EngineConfig,
+        optim: OptimConfig,
         context_method: ContextMethod,
         clock: Clock,
         ledger: Callable[[], LossLedger],
-        finalize: Callable[[], None] | None = None,
     ) -> None:
-        self._modules, self._tagged, self._optimizer, self._groups = chunks, tagged, optimizer, groups
-        self._clip, self._clock, self._ledger = clip, clock, ledger
-        self._masters = MasterWeights(optimizer.slices, optimizer.commit)
+        self._clip, self._clock, self._ledger, self._groups = optim.clip, clock, ledger, groups
+        sharding = self._shard(plan, chunks, groups, engine, optim)
+        self._modules, self._tagged = sharding.modules, sharding.tagged
+        self._optimizer = sharding.optimizer
+        self._masters = MasterWeights(self._optimizer.slices, self._optimizer.commit)
         self._updates = 0
         self._seed_dropout = groups.seed_dropout if plan.shape.config.dropout else None
-        self._schedule = Schedule(chunks, plan.transformer, groups, context_method, clock, finalize)
+        self._schedule = Schedule(
+            sharding.modules,
+            plan.transformer,
+            groups,
+            context_method,
+            clock,
+            sharding.no_sync,
+            sharding.finalize,
+        )
+
+    @abstractmethod
+    def _shard(
+        self,
+        plan: ModelPlan,
+        chunks: Sequence[GPT],
+        groups: Groups,
+        engine: EngineConfig,
+        optim: OptimConfig,
+    ) -> Sharding:
+        """Wrap the chunks as the library wants them, and put its optimizer around them."""
 
     def forward_backward(self, batch: Batch, plan: StepPlan, loss: LossFunction) -> LossLedger:
         """All micro-batches of the step; gradients are reduced when it returns."""
-        self._clock.step = plan.step
+        self._clock.plan = plan
+        rows = plan.micro_batch * plan.rows_per_sample
         if self._seed_dropout:
             self._seed_dropout(plan.step)
+        self._optimizer.zero_grad()
+        known = self._row_losses(batch, rows) if plan.losses_first else None
         for module in self._modules:
             module.train()
-        self._optimizer.zero_grad()
-        return self._schedule.run(batch, plan.micro_batch, loss, self._ledger(), forward_only=False)
+        return self._schedule.run(batch, rows, loss, self._ledger(), forward_only=False, step_losses_M=known)
+
+    def _row_losses(self, batch: Batch, rows: int) -> torch.Tensor | None:
+        """The losses of all rows of the step before it, dropout off."""
+        for module in self._modules:
+            module.eval()
+        with torch.no_grad():
+            return self._schedule.row_losses(batch, rows, self._ledger())
 
     def gradient_stats(self) -> GradStats:
         """The global norm, which is finite exactly when every gradient of the job is."""

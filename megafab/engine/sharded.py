@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
 
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.slices import Slice
+from megafab.model.tags import TaggedParameter
 
 
 class Memory(NamedTuple):
@@ -61,10 +63,14 @@ class ShardedOptimizer(Protocol):
         ...
 
 
-def storage_bytes(tensors: Iterable[torch.Tensor | None]) -> dict[int, int]:
-    """Bytes of the storages behind `tensors` by their address, each once, whole, on whatever device."""
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+class Sharding(NamedTuple):
+    """The model chunks of a rank as an engine wraps them, and the optimizer around them."""
+
+    modules: Sequence[torch.nn.Module]  # what the schedule calls
+    tagged: Sequence[TaggedParameter]  # their parameters
+    optimizer: ShardedOptimizer
+    no_sync: Sequence[Callable[[], AbstractContextManager[None]]] = ()  # see `Schedule`
+    finalize: Callable[[], None] | None = None  # see `Schedule`
 
 
 def memory_of(
@@ -72,11 +78,12 @@ def memory_of(
     gradients: Iterable[torch.Tensor | None],
     optimizer: Iterable[torch.Tensor | None],
 ) -> Memory:
-    """The memory of these tensors; a storage that several name counts for the first."""
+    """Bytes of the storages behind these tensors, on whatever device: each whole, and once, for the first."""
     seen: dict[int, int] = {}
     sums = []
     for tensors in (parameters, gradients, optimizer):
-        new = {key: size for key, size in storage_bytes(tensors).items() if key not in seen}
-        seen |= new
-        sums.append(sum(new.values()))
+        before = sum(seen.values())
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
+            seen[storage.data_ptr()] = storage.nbytes()
+        sums.append(sum(seen.values()) - before)
     return Memory(*sums)

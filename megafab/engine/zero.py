@@ -196,12 +196,26 @@ class _Part:
     def __init__(
         self, tagged: Sequence[TaggedParameter], groups: Groups, engine: EngineConfig, optim: OptimConfig
     ) -> None:
+        from deepspeed.utils.timer import NoopTimer
+
         self._groups = groups
         self._tagged = {id(t.parameter): t for t in tagged}
         self._moments = elementwise.MOMENTS[optim.name]
         self.inner = elementwise.make(optim, _param_groups(tagged))
         self._offloaded = engine.offload is not Offload.none
-        self._bucket = min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged))
+        # What DeepSpeed's optimizers of all stages are told alike.
+        self._settings: dict[str, Any] = {
+            "timers": NoopTimer(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": min(engine.bucket_parameters, sum(t.parameter.numel() for t in tagged)),
+            "dp_process_group": groups.data_context,
+            "reduce_scatter": True,
+            "overlap_comm": engine.overlap_grad_reduce,
+            "offload_optimizer_config": _offload(engine)[0],
+            "gradient_accumulation_dtype": torch.float32,
+            "communication_data_type": torch.float32,
+            "clip_grad": 0.0,
+        }
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -232,34 +246,23 @@ class _Stage12(_Part):
         optim: OptimConfig,
     ) -> None:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-        from deepspeed.utils.timer import NoopTimer
 
         super().__init__(tagged, groups, engine, optim)
         self._partitions_gradients = engine.zero_stage == 2
         self._overlaps = engine.overlap_grad_reduce
-        experts = any(t.expert for t in tagged)
         self._zero = DeepSpeedZeroOptimizer(
             self.inner,
             {t.parameter: t.name for t in tagged},
-            timers=NoopTimer(),
             optimizer_params={},
-            contiguous_gradients=True,
-            reduce_bucket_size=self._bucket,
             allgather_bucket_size=2 * engine.bucket_parameters,
-            dp_process_group=groups.data_context,
             expert_parallel_group={_EXPERTS: groups.expert},
             expert_data_parallel_group={_EXPERTS: groups.expert_data},
-            has_moe_layers=experts,
-            reduce_scatter=True,
-            overlap_comm=self._overlaps,
-            offload_optimizer_config=_offload(engine)[0],
-            gradient_accumulation_dtype=torch.float32,
-            communication_data_type=torch.float32,
+            has_moe_layers=any(t.expert for t in tagged),
             gradient_average=False,
             partition_grads=self._partitions_gradients,
-            clip_grad=0.0,
             check_grad_overflow=False,
             compute_grad_norm=self._offloaded,  # offload insists on it
+            **self._settings,
         )
         self._zero.set_gradient_accumulation_boundary(False)
         masters = self._zero.single_partition_of_fp32_groups
@@ -374,10 +377,9 @@ class _Stage3(_Part):
     ) -> None:
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-        from deepspeed.utils.timer import NoopTimer
 
         super().__init__(tagged, groups, engine, optim)
-        optimizer_offload, parameter_offload = _offload(engine)
+        _, parameter_offload = _offload(engine)
         config = _stage3_config(parameter_offload)
         _partition(chunk, groups, config)
         persistent = engine.persistent_parameters
@@ -385,21 +387,12 @@ class _Stage3(_Part):
             chunk,
             self.inner,
             {t.parameter: t.name for t in tagged},
-            timers=NoopTimer(),
             ds_config=config,
-            contiguous_gradients=True,
-            reduce_bucket_size=self._bucket,
             prefetch_bucket_size=engine.bucket_parameters,
             param_persistence_threshold=_PERSISTENT if persistent is None else persistent,
-            dp_process_group=groups.data_context,
-            reduce_scatter=True,
-            overlap_comm=engine.overlap_grad_reduce,
-            offload_optimizer_config=optimizer_offload,
             offload_ratio=1.0,
             offload_param_config=parameter_offload,
-            gradient_accumulation_dtype=torch.float32,
-            communication_data_type=torch.float32,
-            clip_grad=0.0,
+            **self._settings,
         )
         if chunk.post_process and chunk.share_embeddings_and_output_weights:
             register_external_parameter(chunk.output_layer, chunk.shared_embedding_or_output_weight())

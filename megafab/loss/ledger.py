@@ -39,7 +39,7 @@ class LossLedger:
 
     Args:
         domains: names, in the order of `Batch.domain_B`.
-        terms: the names of the terms beside `nll`.
+        terms: the names of the terms beside `nll`, and of notes.
         device: where the sums live.
         sum_ranks: adds a tensor up over the job, in place. A token must count on exactly one of the ranks it
             adds up: the engine records on one tensor rank of the last pipeline stage.
@@ -62,9 +62,9 @@ class LossLedger:
         self._report: LedgerReport | None = None
 
     def record(self, terms: LossTerms) -> None:
-        """Adds a micro-batch: its tokens and every term. Copies: later in-place changes do not reach it."""
+        """Adds a micro-batch: tokens, terms and notes. Copies: later in-place changes do not reach it."""
         self._tally(0, terms.mask_BL != 0, terms.domain_B)
-        for name, value_BL in terms.values().items():
+        for name, value_BL in terms.recorded().items():
             self.add(name, value_BL, terms.mask_BL, terms.domain_B)
 
     def add(self, name: str, value_BL: Tensor, mask_BL: Tensor, domain_B: Tensor) -> None:

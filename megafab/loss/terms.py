@@ -27,7 +27,12 @@ class LossTerms:
             were before the cross-entropy.
         mask_BL: 1 where the prediction counts, else 0.
         domain_B: the domain's index of each row.
-        tensor_group: the ranks that share the vocabulary; None for one rank.
+        tensor_group: the ranks that share the vocabulary; None for one rank, as for the other groups.
+        context_group: the ranks that share a sequence.
+        data_group: the ranks with other rows of the same micro-batch, M rows together.
+        step_losses_M: the mean nll of every row of the step, in sample order, where it is known beforehand
+            (`StepPlan.losses_first`); M is then their number.
+        micro_batch: which of the step's this is.
     """
 
     def __init__(
@@ -38,12 +43,19 @@ class LossTerms:
         mask_BL: Tensor,
         domain_B: Tensor,
         tensor_group: dist.ProcessGroup | None = None,
+        context_group: dist.ProcessGroup | None = None,
+        data_group: dist.ProcessGroup | None = None,
+        step_losses_M: Tensor | None = None,
+        micro_batch: int = 0,
     ) -> None:
         self.nll_BL = nll_BL
         self.logits_LBV = logits_LBV
         self.mask_BL = mask_BL
         self.domain_B = domain_B
-        self._group = tensor_group if tensor_group is not None and tensor_group.size() > 1 else None
+        self._tensor, self._context = _several(tensor_group), _several(context_group)
+        self._data = _several(data_group)
+        self._step_losses_M, self._micro_batch = step_losses_M, micro_batch
+        self._notes: dict[str, Tensor] = {}
         self._weights_BL: Tensor | None = None
         self._added: dict[str, Tensor] = {}
 
@@ -56,6 +68,13 @@ class LossTerms:
         assert name != NLL
         assert name not in self._added, f"term {name} is added twice"
         self._added[name] = value_BL
+
+    def note(self, name: str, value_BL: Tensor) -> None:
+        """Has the ledger add up values by domain that are no part of the loss.
+
+        `name` must be among the `notes` its technique declares.
+        """
+        self._notes[name] = value_BL.detach()
 
     def weigh(self, weight_BL: Tensor) -> None:
         """Multiplies the nll of each token by `weight_BL` (no gradient flows into it); calls multiply."""
@@ -73,17 +92,61 @@ class LossTerms:
         """Every term `[B, L]` by name, `nll` (unweighted) first."""
         return {NLL: self.nll_BL, **self._added}
 
+    def recorded(self) -> Mapping[str, Tensor]:
+        """What the ledger adds up: every term and every note."""
+        return {**self.values(), **self._notes}
+
+    def row_losses(self) -> Tensor:
+        """The mean nll of each whole sequence's valid tokens [B], without gradient; nan if there are none."""
+        nll_B = valid(self.nll_BL.detach(), self.mask_BL).sum(1)
+        both = torch.stack((nll_B, (self.mask_BL != 0).sum(1).to(nll_B.dtype)))
+        if self._context is not None:
+            dist.all_reduce(both, group=self._context)
+        return both[0] / both[1]
+
+    def population(self) -> tuple[Tensor, Tensor]:
+        """The mean nll of all rows that are weighed together [M], and the place of this rank's in it [B].
+
+        They are the rows of this micro-batch on all data ranks, or those of the whole step where its losses
+        are known beforehand; in sample order, so that nothing depends on how they are spread over ranks. A
+        row without valid tokens is nan.
+        """
+        rows = len(self.mask_BL)
+        data = self._data
+        ranks, rank = (1, 0) if data is None else (data.size(), data.rank())
+        place_B = torch.arange(rank * rows, (rank + 1) * rows, device=self.mask_BL.device)
+        if self._step_losses_M is not None:
+            return self._step_losses_M, place_B + self._micro_batch * ranks * rows
+        return self.over_data(self.row_losses()), place_B
+
+    def over_data(self, value: Tensor) -> Tensor:
+        """The values of all data ranks along the first dimension, by rank; without gradient."""
+        if self._data is None:
+            return value.detach()
+        return gathered(value.detach(), self._data)
+
     def tensor_sum(self, value: Tensor) -> Tensor:
         """The sum over tensor ranks, with gradient."""
-        return value if self._group is None else _TensorSum.apply(value, self._group)
+        return value if self._tensor is None else _TensorSum.apply(value, self._tensor)
 
     def tensor_max(self, value: Tensor) -> Tensor:
         """The maximum over tensor ranks, without gradient."""
         value = value.detach()
-        if self._group is not None:
+        if self._tensor is not None:
             value = value.clone()
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._tensor)
         return value
+
+
+def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The values of all ranks along the first dimension, in the order of ranks; a collective."""
+    parts = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
+    dist.all_gather_into_tensor(parts, value.contiguous(), group=group)
+    return parts
+
+
+def _several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return group if group is not None and group.size() > 1 else None
 
 
 def valid(value_BL: Tensor, mask_BL: Tensor) -> Tensor:

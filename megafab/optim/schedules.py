@@ -119,6 +119,7 @@ class Schedules:
         seq_len: tokens of a sequence.
         domain_weights: the mixture, one weight a domain; scaled here to sum to 1.
         data_ranks: replicas that share the global batch.
+        flops_per_token: model FLOPs, forward and backward.
 
     Attributes:
         total_steps: the length of the run in steps, exact under a batch ramp.
@@ -137,6 +138,7 @@ class Schedules:
         seq_len: int,
         domain_weights: Sequence[float],
         data_ranks: int,
+        flops_per_token: float = 0.0,
     ) -> None:
         _check_batches(train, data_ranks)
         if (train.steps is None) == (train.tokens is None):
@@ -144,6 +146,7 @@ class Schedules:
             raise ConfigError("train.steps, train.tokens", found, "exactly one", "set one, the other null")
         self._train, self._optim, self._schedule = train, optim, schedule
         self._seq_len, self._data_ranks = seq_len, data_ranks
+        self._flops_per_token = flops_per_token
         self._domain_weights = tuple(weight / sum(domain_weights) for weight in domain_weights)
         self._ramp = BatchRamp(train.batch_ramp, train.global_batch)
         if train.steps is not None:
@@ -179,6 +182,7 @@ class Schedules:
             micro_batches=global_batch // (self._train.micro_batch * self._data_ranks),
             seq_len=self._seq_len,
             domain_weights=self._domain_weights,
+            flops=self._flops_per_token * global_batch * self._seq_len,
         )
 
     def remaining(self, progress: Progress) -> int:

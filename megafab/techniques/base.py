@@ -43,14 +43,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from megafab.loss.ledger import LossLedger
+from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.loss.terms import LossTerms
 from megafab.run import Batch, GradStats, Progress, StepOutcome, StepPlan, Verdict
 
 if TYPE_CHECKING:
     from megafab.checkpoint.pieces import LogicalTensor
+    from megafab.data.plan import DataPlan
     from megafab.engine.base import WeightEditor
     from megafab.model.plan import ModelPlan
+    from megafab.model.shape import ModelShape
     from megafab.topology.mesh import Mesh
 
 # What a technique can change; `writes` names what it does change.
@@ -104,13 +106,30 @@ class Clock:
     """Where the engine is, for layers that must draw: read it once at entry to forward, never write it.
 
     Activation recompute runs a layer's forward a second time, when the clock has moved on: read it outside
-    the recomputed function and pass the value in. `step` counts optimizer steps, `micro_batch` those of the
-    step on this data rank.
+    the recomputed function and pass the value in. `plan` is the step's, None before the first; `micro_batch`
+    counts those of the step on this data rank, and `samples` are the global indices of its rows.
     """
 
-    step: int = 0
+    plan: StepPlan | None = None
     micro_batch: int = 0
-    data_rank: int = 0
+    samples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a technique may know of its run before it begins. Tuples are by domain, in the corpus' order.
+
+    `seed` is the run's, `weights` the mixture it begins with, `tokens` and `text_bytes` those of the training
+    split, `steps` the length of the run.
+    """
+
+    seed: int
+    shape: ModelShape
+    domains: tuple[str, ...]
+    weights: tuple[float, ...]
+    tokens: tuple[int, ...]
+    text_bytes: tuple[int, ...]
+    steps: int
 
 
 @dataclass(slots=True)
@@ -118,6 +137,7 @@ class RunPlan:
     """What is going to be built, still arithmetic: edit it in `on_plan`."""
 
     model: ModelPlan
+    data: DataPlan
 
 
 class Technique:
@@ -126,11 +146,11 @@ class Technique:
     Class attributes: `name` is its field in `techniques.config.TechniquesConfig`; `needs` the engine
     capabilities without which it cannot work; `writes` the `RESOURCES` it changes, `composes` those of them
     that others may change too; `after` the techniques whose hooks run first when they are on; `terms` the
-    names `on_loss` adds to the loss.
+    names `on_loss` adds to the loss, `notes` those it only has added up (`LossTerms.note`).
 
     Args:
         config: its dataclass from `techniques.config`, in the attribute `config`.
-        seed: of the run, for keys.
+        facts: of the run, in the attribute `facts`.
     """
 
     name: ClassVar[str]
@@ -139,10 +159,11 @@ class Technique:
     composes: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
     terms: ClassVar[tuple[str, ...]] = ()
+    notes: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(self, config: Any, facts: Facts) -> None:
         self.config = config
-        self.seed = seed
+        self.facts = facts
 
     def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
         """Edits the plan of the model: config fields, module specs, parameters, tags. Every rank, once.
@@ -181,8 +202,11 @@ class Technique:
     def on_eval(self, entering: bool, weights: WeightEditor) -> None:
         """Puts other weights in place for an evaluation, and the very same bits back after it."""
 
-    def metrics(self) -> Mapping[str, float]:
-        """Its own numbers of the last step, written under its name. Asked for on logged steps only."""
+    def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:
+        """Its own numbers of the last step, written under its name; mappings of them by domain, too.
+
+        Asked for on logged steps only.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Bus:
         message: shows one line to the user.
 
     Attributes:
-        terms: the names of the loss terms they add, in order.
+        terms: the names of the loss terms they add, in order; `notes` those of what they only record.
 
     Raises:
         ConfigError: a technique needs what the engine lacks, or two change the same thing.
@@ -64,6 +64,7 @@ class Bus:
             _check_needs(technique, capabilities)
         _check_writes(self._techniques)
         self.terms = tuple(term for technique in self._techniques for term in technique.terms)
+        self.notes = tuple(note for technique in self._techniques for note in technique.notes)
         self._on_schedule = self._overriding("on_schedule")
         self._on_batch = self._overriding("on_batch")
         self._on_loss = self._overriding("on_loss")
@@ -133,10 +134,13 @@ class Bus:
         for technique in self._on_eval if entering else reversed(self._on_eval):
             technique.on_eval(entering, weights)
 
-    def metrics(self, report: LedgerReport) -> dict[str, dict[str, float]]:
+    def metrics(self, report: LedgerReport) -> dict[str, dict[str, Any]]:
         """The numbers of each technique under its name: its loss terms' means, and what it says itself."""
         numbers = {
-            technique.name: {**{term: report.term(term) for term in technique.terms}, **technique.metrics()}
+            technique.name: {
+                **{term: report.term(term) for term in technique.terms},
+                **technique.metrics(report),
+            }
             for technique in self._techniques
         }
         return {name: values for name, values in numbers.items() if values}

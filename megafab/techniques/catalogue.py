@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import fields
 
-from megafab.techniques.base import Technique
+from megafab.techniques.base import Facts, Technique
 from megafab.techniques.config import TechniquesConfig
 
 CLASSES = {
@@ -20,7 +20,7 @@ def load(name: str) -> type[Technique]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def build(config: TechniquesConfig, seed: int) -> list[Technique]:
+def build(config: TechniquesConfig, facts: Facts) -> list[Technique]:
     """The techniques that are on, in the order of the config's fields."""
     settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    return [load(name)(setting, seed) for name, setting in settings.items() if setting is not None]
+    return [load(name)(setting, facts) for name, setting in settings.items() if setting is not None]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megafab.loss.ledger import LossLedger
 from megafab.run import StepOutcome, StepPlan
-from megafab.techniques.base import Technique
+from megafab.techniques.base import Facts, Technique
 from megafab.techniques.config import EMAConfig
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class EMA(Technique):
     writes = frozenset({"evaluation_weights"})
     config: EMAConfig
 
-    def __init__(self, config: EMAConfig, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: EMAConfig, facts: Facts) -> None:
+        super().__init__(config, facts)
         self._averages: dict[str, Tensor] = {}
         self._updates = 0
 

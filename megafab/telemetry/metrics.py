@@ -44,8 +44,7 @@ class Telemetry:
         sinks: where records go; the terminal among them.
         is_writer: whether this rank records.
         log_every: steps between records; the last step is always recorded.
-        flops_per_token: forward and backward of the whole model, for MFU; None when not counted.
-        peak_flops: of all devices of the job together; None when not known.
+        peak_flops: for MFU, of all devices of the job together; None when not known.
         total_steps: the length of the run.
         synchronize: waits for the device; called on steps that will be recorded only.
     """
@@ -56,7 +55,6 @@ class Telemetry:
         *,
         is_writer: bool,
         log_every: int,
-        flops_per_token: float | None,
         peak_flops: float | None,
         total_steps: int,
         synchronize: Callable[[], None] | None = None,
@@ -65,7 +63,6 @@ class Telemetry:
         self._sinks = tuple(sinks) if is_writer else ()
         self._open = ExitStack()
         self._log_every = log_every
-        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._total_steps = total_steps
         self._mark(Progress())
@@ -119,6 +116,8 @@ class Telemetry:
             "step": progress.step,
             "samples": progress.samples,
             "tokens": progress.tokens,
+            "layer_tokens": progress.layer_tokens,
+            "flops": progress.flops,
             "loss": loss,
             "grad_norm": outcome.norm,
             "lr": plan.lr,
@@ -177,9 +176,8 @@ class Telemetry:
         paused = {name: now - self._since_paused[name] for name, now in self._paused().items()}
         training = wall - sum(paused.values())
         tokens_per_second = (progress.tokens - self._since.tokens) / training
-        mfu = None
-        if self._flops_per_token is not None and self._peak_flops is not None:
-            mfu = tokens_per_second * self._flops_per_token / self._peak_flops
+        flops = progress.flops - self._since.flops
+        mfu = flops / training / self._peak_flops if self._peak_flops and flops else None
         return {
             "tokens_per_second": tokens_per_second,
             "step_seconds": training / (progress.step - self._since.step),
@@ -206,7 +204,6 @@ def build_telemetry(
     header: Mapping[str, str],
     is_writer: bool,
     log_every: int,
-    flops_per_token: float | None,
     peak_flops: float | None,
     total_steps: int,
     synchronize: Callable[[], None] | None = None,
@@ -235,7 +232,6 @@ def build_telemetry(
         sinks,
         is_writer=is_writer,
         log_every=log_every,
-        flops_per_token=flops_per_token,
         peak_flops=peak_flops,
         total_steps=total_steps,
         synchronize=synchronize,

@@ -115,7 +115,7 @@ class _Audit:
     def batch(self, batch: Batch, plan: StepPlan) -> Batch:
         changed = self._bus.batch(batch, plan)
         again = self._bus.batch(batch, plan)
-        columns = [field.name for field in dataclasses.fields(Batch) if field.name != "extra"]
+        columns = [field.name for field in dataclasses.fields(Batch) if field.name != "columns"]
         for column in columns:
             before, after = getattr(batch, column), getattr(changed, column)
             assert torch.equal(after, getattr(again, column)), "on_batch draws from its key only"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus
+from training import SHORT_RUN, SMALL_MODEL
 
 from launch import cli
 
@@ -22,11 +22,6 @@ MODELS = (
     "gpt_125m, gpt_175b, gpt_1_3b, gpt_1t_frontier, gpt_350m, gpt_6_7b, gpt_tiny, llama_125m, llama_1b, "
     "llama_70b, llama_8b, llama_tiny, mixtral_8x7b, mixtral_tiny, mt_nlg_530b"
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return build_corpus(tmp_path_factory.mktemp("bad_input"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 from megafab.engine.capabilities import MODES, Feature, Mode
 from megafab.engine.config import EngineName, Offload
@@ -74,11 +74,6 @@ def parts(mode: Mode) -> Iterator[frozenset[Feature]]:
                 if all(more <= some for one, more in (NEEDS | needs).items() if one in some):
                     seen.add(some)
     yield from sorted(seen - set(mode.verified), key=name_of)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("capabilities"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import tensors_of
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 from launch import cli
 from megafab.checkpoint import store
@@ -48,11 +48,6 @@ CLASSES = {
     "neox": "GPTNeoXForCausalLM",
     "mixtral": "MixtralForCausalLM",
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return build_corpus(tmp_path_factory.mktemp("convert"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 MOE = ("model.moe.experts=4", "model.moe.shared_ffn=64", "model.moe.z_loss=0.001")
 GPT = (
@@ -55,11 +55,6 @@ GPT_LAYOUTS = {
     "pipeline 2 interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "context 2": (2, ["parallel.context=2"]),
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("parity"))
 
 
 @pytest.fixture(scope="module")

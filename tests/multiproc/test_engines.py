@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus
+from training import SHORT_RUN, SMALL_MODEL
 
 from megafab.engine.capabilities import MODES, Mode
 from megafab.engine.config import Offload
@@ -18,11 +18,6 @@ EACH = [
     pytest.param(mode, id=mode.name, marks=[pytest.mark.slow] if mode.name in SLOW else [])
     for mode in VERIFIED
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import faults
 import pytest
 from ranks import RankDied
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, train
+from training import SHORT_RUN, SMALL_MODEL, train
 
 from megafab.checkpoint import store
 from megafab.errors import UserError
@@ -40,9 +40,7 @@ Arguments = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> Arguments:
-    corpus = build_corpus(tmp_path_factory.mktemp("faults"))
-
+def arguments(corpus) -> Arguments:
     def arguments(run_dir: Path, *more: str) -> list[str]:
         return [*RUN, f"data.path={corpus}", f"run.dir={run_dir}", *more]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 from launch import cli
 from megafab.checkpoint import store
@@ -26,11 +26,6 @@ RUNS = {
     "tensor 2 x pipeline 2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "data 2, bf16": (2, ["train.precision=bf16"]),
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return build_corpus(tmp_path_factory.mktemp("generate"))
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus
+from training import SHORT_RUN, SMALL_MODEL
 
 from megafab.errors import UserError
 
 TIED = "model.tied_embeddings=true"
 DATA = "data x context"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("invariants"))
 
 
 def build_run(rank: int, world: int, overrides: list[str]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 from megafab.errors import UserError
 
@@ -44,11 +44,6 @@ CASES = [
     for optimizer, cases in LAYOUTS.items()
     for case in cases
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("optimizers"))
 
 
 @pytest.fixture(scope="module")

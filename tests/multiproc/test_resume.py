@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 from launch.train import alone
 from megafab.data.format import Corpus
@@ -31,11 +31,6 @@ RUN = (
     "checkpoint.every=10",
     "checkpoint.keep=9",
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return build_corpus(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")

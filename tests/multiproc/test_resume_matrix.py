@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
 HALF, STEPS = 10, 20
 RUN = (
@@ -94,9 +94,8 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(ranks, tmp_path_factory) -> Train:
+def run(ranks, corpus, tmp_path_factory) -> Train:
     """Train a model with an engine at a layout; its run directory."""
-    corpus = build_corpus(tmp_path_factory.mktemp("matrix"))
 
     def run(model: str, engine: str, layout: str, *more: str) -> Path:
         directory = tmp_path_factory.mktemp("run")

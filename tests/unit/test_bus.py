@@ -9,9 +9,11 @@ import torch
 from megafab.errors import ConfigError
 from megafab.loss.ledger import LossLedger
 from megafab.loss.terms import LossTerms
+from megafab.model.config import ModelConfig
+from megafab.model.shape import ModelShape
 from megafab.run import Action, Batch, GradStats, Progress, StepPlan, Verdict
 from megafab.techniques import catalogue
-from megafab.techniques.base import Key, Technique
+from megafab.techniques.base import Facts, Key, Technique
 from megafab.techniques.bus import Bus
 from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
 
@@ -20,6 +22,10 @@ FINE = GradStats(1.0, True)
 
 def plan(**changes) -> StepPlan:
     return replace(StepPlan(3, 1.0, 0.1, 2, 1, 2, 2, (1.0,)), **changes)
+
+
+SHAPE = ModelShape.of(ModelConfig(name="tiny", layers=2, hidden=8, heads=1, seq_len=2, vocab=128))
+FACTS = Facts(1, SHAPE, ("d",), (1.0,), (100,), (400,), 10)
 
 
 def batch() -> Batch:
@@ -43,7 +49,7 @@ def no_agreement(value: int) -> int:
 def bus(*kinds: type[Technique], agree_max=alone, messages: list[str] | None = None, **settings) -> Bus:
     settings = {"seed": 1, "data_rank": 0, "capabilities": frozenset({"veto", "weights"}), **settings}
     said = messages if messages is not None else []
-    return Bus([kind(None, 1) for kind in kinds], agree_max=agree_max, message=said.append, **settings)
+    return Bus([kind(None, FACTS) for kind in kinds], agree_max=agree_max, message=said.append, **settings)
 
 
 class Halve(Technique):
@@ -229,15 +235,17 @@ def test_metrics_have_the_terms_and_the_techniques_own() -> None:
     class Terms(Technique):
         name = "mine"
         terms = ("pull",)
+        notes = ("push",)
 
         def on_loss(self, terms, batch):
             terms.add("pull", torch.full_like(terms.nll_BL, 3.0))
+            terms.note("push", torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
-        def metrics(self):
-            return {"strength": 0.5}
+        def metrics(self, losses):
+            return {"strength": losses.sums["push"]["d"]}
 
     one = bus(Terms, Alone2)
-    assert one.terms == ("pull",)
+    assert (one.terms, one.notes) == (("pull",), ("push",))
     terms = LossTerms(
         nll_BL=torch.ones(2, 2),
         logits_LBV=torch.zeros(2, 2, 4),
@@ -245,9 +253,10 @@ def test_metrics_have_the_terms_and_the_techniques_own() -> None:
         domain_B=torch.zeros(2, dtype=torch.int64),
     )
     one.loss(terms, batch())
-    losses = ledger(*one.terms)
+    assert terms.total().item() == 4 * (1 + 3), "a note is no part of the loss"
+    losses = ledger(*one.terms, *one.notes)
     losses.record(terms)
-    assert one.metrics(losses.reduced()) == {"mine": {"pull": 3.0, "strength": 0.5}}
+    assert one.metrics(losses.reduced()) == {"mine": {"pull": 3.0, "strength": 10.0}}
 
 
 def test_debug_finds_ranks_that_disagree(monkeypatch) -> None:
@@ -260,6 +269,6 @@ def test_debug_finds_ranks_that_disagree(monkeypatch) -> None:
 def test_the_catalogue_has_every_field_and_builds_what_is_on() -> None:
     assert set(catalogue.CLASSES) == set(TechniquesConfig.__dataclass_fields__)
     assert all(catalogue.load(name).name == name for name in catalogue.CLASSES)
-    assert catalogue.build(TechniquesConfig(), 1) == []
-    on = catalogue.build(TechniquesConfig(z_loss=ZLossConfig(weight=0.5), ema=EMAConfig()), 1)
+    assert catalogue.build(TechniquesConfig(), FACTS) == []
+    on = catalogue.build(TechniquesConfig(z_loss=ZLossConfig(weight=0.5), ema=EMAConfig()), FACTS)
     assert [(t.name, t.config) for t in on] == [("z_loss", ZLossConfig(weight=0.5)), ("ema", EMAConfig())]

@@ -7,6 +7,7 @@ import re
 import threading
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megafab.data.config import Packing
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
 from megafab.data.mixture import draw
+from megafab.data.plan import DataPlan
 from megafab.errors import UserError
 from megafab.run import Batch, StepPlan
 
@@ -79,7 +81,10 @@ def make_loader(corpus: Corpus, **changes: Any) -> Loader:
 
 
 def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in FIELDS}
+    """The rows of all batches in the order of samples."""
+    whole = Batch.concatenate(batches)
+    order_N = whole.sample_B.argsort()
+    return {name: getattr(whole, name)[order_N] for name in FIELDS}
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -180,6 +185,96 @@ def test_order_does_not_depend_on_topology(corpus: Corpus, data_ranks: int, micr
     assert all(loader.state_dict() == reference.state_dict() for loader in loaders)
     for loader in loaders:
         loader.close()
+
+
+@pytest.mark.parametrize(("data_ranks", "micro_batch"), [(1, 4), (2, 2), (4, 1)])
+def test_a_micro_batch_of_all_data_ranks_is_a_run_of_samples(corpus, data_ranks: int, micro_batch: int):
+    step = plan(global_batch=12, micro_batch=micro_batch, data_ranks=data_ranks)
+    loaders = [make_loader(corpus, data_rank=rank, data_ranks=data_ranks) for rank in range(data_ranks)]
+    rows = [loader.take(step) for loader in loaders]
+    for number in range(3):
+        part = slice(number * micro_batch, (number + 1) * micro_batch)
+        found = [sample for batch in rows for sample in batch.sample_B[part].tolist()]
+        assert found == list(range(4 * number, 4 * number + 4))
+
+
+def test_a_block_has_one_domain(corpus: Corpus):
+    rows = joined([loader.take(plan()) for loader in [make_loader(corpus, block=4)] for _ in range(30)])
+    blocks = rows["domain_B"].view(-1, 4)
+    assert (blocks == blocks[:, :1]).all()
+    assert blocks[:, 0].unique().numel() == 3
+    assert blocks[:, 0].tolist() == draw(SEED, 0, 60, WEIGHTS).tolist(), "block n stands for sample n"
+
+
+def test_a_domain_is_left_out_after_its_epochs(corpus: Corpus):
+    loader = make_loader(corpus, max_epochs=1.5)
+    windows_D = [(len(stream_of(corpus, domain)) - 1) // SEQ_LEN for domain in range(3)]
+    weights = []
+
+    def read_on() -> None:
+        while True:
+            step = loader.limit(plan())
+            weights.append(step.domain_weights)
+            loader.take(step)
+
+    with pytest.raises(UserError, match=r"data.max_epochs=1.5: found every domain read that often after \d"):
+        read_on()
+    assert weights[0] == WEIGHTS
+    assert all(sum(weights_D) == pytest.approx(1) for weights_D in weights)
+    samples = [domain["samples"] for domain in loader.consumed.values()]
+    for count, windows in zip(samples, windows_D, strict=True):
+        assert 1.5 * windows <= count < 1.5 * windows + 8, "at most a step beyond the limit"
+    (one_left,) = {tuple(weight > 0 for weight in weights_D) for weights_D in weights[-1:]}
+    assert sum(one_left) == 1
+
+
+def test_replayed_domains_have_their_share_exactly_and_keep_their_order(corpus: Corpus):
+    """0.3 of every 10 samples, whatever the weights of the others do; in the order of another run's seed."""
+    seeds = {corpus.domains[0]: 99}
+    loader = make_loader(corpus, plan=DataPlan(corpus, order_seeds=seeds))
+    batches = []
+    for step in range(20):
+        share = 0.05 * (step % 5)
+        weights = (0.3, 0.7 - share, share)
+        batches.append(loader.take(replace(plan(global_batch=10, weights=weights), replayed=(0,))))
+    for batch in batches:
+        assert (batch.domain_B == 0).sum() == 3
+    old = make_loader(corpus, seed=99)
+    alone = joined([old.take(plan(global_batch=12, weights=(1.0, 0.0, 0.0))) for _ in range(5)])
+    rows = joined(batches)
+    assert torch.equal(rows["tokens_BL"][rows["domain_B"] == 0], alone["tokens_BL"])
+    with pytest.raises(UserError, match="order_seeds"):
+        make_loader(corpus).load_state_dict(loader.state_dict())
+
+
+class Positions:
+    """A column whose values say where they come from."""
+
+    fingerprint = "positions"
+
+    def read(self, domain: int, start: int, count: int) -> np.ndarray:
+        return 1000.0 * domain + np.arange(start, start + count)
+
+
+def test_columns_are_read_with_every_window(corpus: Corpus):
+    loader = make_loader(corpus, plan=DataPlan(corpus, columns={"where": Positions()}))
+    batch = loader.take(plan())
+    for row in range(8):
+        domain = int(batch.domain_B[row])
+        where = (batch.columns["where"][row] - 1000 * domain).long()
+        assert torch.equal(batch.tokens_BL[row], torch.from_numpy(stream_of(corpus, domain))[where])
+    assert torch.equal(batch.rows(2, 3).columns["where"], batch.columns["where"][2:3])
+    cut = torch.tensor([3, 1])
+    assert torch.equal(batch.positions(cut).columns["where"], batch.columns["where"][:, cut])
+
+
+def test_the_mixture_log_stays_small(corpus: Corpus):
+    loader = make_loader(corpus)
+    for step in range(1100):
+        loader.take(plan(global_batch=1, micro_batch=1, weights=(0.5, 0.5 - step * 1e-4, step * 1e-4)))
+    log = loader.state_dict()["mixture_log"]
+    assert len(log) < 1100
+    assert log[-1][0] == 1099
 
 
 def test_order_does_not_depend_on_the_global_batch(corpus: Corpus):

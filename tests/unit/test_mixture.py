@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from math import inf, nan
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def corpus(tmp_path: Path) -> Corpus:
 
 def test_no_mixture_weighs_by_training_tokens(corpus: Corpus):
     assert weights(None, corpus) == pytest.approx((0.6, 0.3, 0.1), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "factor"), [(1.0, lambda tokens: tokens), (0.5, math.sqrt), (0.0, lambda tokens: 1.0)]
+)
+def test_a_temperature_flattens_the_natural_mixture(corpus: Corpus, temperature: float, factor):
+    values = [factor(tokens) for tokens in corpus.tokens("train")]
+    assert weights(None, corpus, temperature) == pytest.approx([value / sum(values) for value in values])
 
 
 def test_mixture_is_normalised_in_the_order_of_the_corpus(corpus: Corpus):

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from megafab.checkpoint.config import CheckpointConfig
-from megafab.config.rules import RULES, CorpusFacts, RuleErrors, check_all, corpus_facts
+from megafab.config import rules, technique_rules
+from megafab.config.rule import CorpusFacts
+from megafab.config.rules import RuleErrors, check_all, corpus_facts
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
 from megafab.engine.config import EngineName, Offload
@@ -27,6 +29,7 @@ BASE = RunConfig(
     optim=OptimConfig(lr=1e-3),
     data=DataConfig(path="corpus"),
 )
+RULES = (*rules.RULES, *technique_rules.RULES)
 CORPUS = CorpusFacts("corpus", vocab_size=1000, tokens={"books": 5000, "code": 900})
 
 
@@ -88,6 +91,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     (
         *("range", {"optim.clip": -0.5}, 1),
         "optim.clip=-0.5: found -0.5, expected 0 or more. Fix: give optim.clip a value 0 or more",
+    ),
+    (
+        *("technique-range", {"techniques.ema": EMAConfig(decay=1.0)}, 1),
+        "techniques.ema.decay=1: found 1, expected at least 0 and below 1. "
+        "Fix: give techniques.ema.decay a value at least 0 and below 1",
     ),
     (
         *("head-size", {"model.hidden": 68, "model.position": Position.learned}, 1),
@@ -363,6 +371,16 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "model.vocab=2049: found 2049, expected the 1000 of the tokenizer in data.path=corpus, or a little "
         "more. "
         "Fix: model.vocab=null takes the tokenizer's",
+    ),
+    (
+        *("temperature", {"data.mixture": {"books": 1.0}, "data.temperature": 0.5}, 1),
+        "data.temperature=0.5: found data.mixture, which gives the weights itself, "
+        "expected data.mixture=null. Fix: leave one of the two out",
+    ),
+    (
+        *("mixture-block", {"data.block": 3}, 1),
+        "data.block=3: found train.global_batch=8, expected whole blocks in every step. "
+        "Fix: data.block=1, or train.global_batch=9",
     ),
     (
         *("mixture-domains", {"data.mixture": {"book": 1.0}}, 1),

@@ -12,11 +12,17 @@ from torch import Tensor
 from megafab.checkpoint.pieces import LogicalTensor, whole
 from megafab.loss.ledger import LossLedger
 from megafab.loss.terms import LossTerms
+from megafab.model.config import ModelConfig
+from megafab.model.shape import ModelShape
 from megafab.run import Batch, StepOutcome, StepPlan, Verdict
+from megafab.techniques.base import Facts
 from megafab.techniques.config import EMAConfig, ZLossConfig
 from megafab.techniques.ema import EMA
 from megafab.techniques.z_loss import ZLoss
 from megafab.topology.layout import Layout
+
+SHAPE = ModelShape.of(ModelConfig(name="tiny", layers=2, hidden=8, heads=1, seq_len=4, vocab=128))
+FACTS = Facts(1, SHAPE, ("a", "b"), (0.5, 0.5), (100, 100), (400, 400), 10)
 
 
 def batch(rows: int, length: int) -> Batch:
@@ -40,7 +46,7 @@ def test_z_loss_by_hand() -> None:
     # Z = 1 + 2 + 3 + 4 = 10 and Z = 2 + 2 + 2 + 2 = 8.
     logits_LBV = torch.tensor([[[1.0, 2, 3, 4]], [[2, 2, 2, 2]]]).log()
     terms = terms_of(logits_LBV)
-    ZLoss(ZLossConfig(weight=0.01), 1).on_loss(terms, batch(1, 2))
+    ZLoss(ZLossConfig(weight=0.01), FACTS).on_loss(terms, batch(1, 2))
     want = [0.01 * math.log(10) ** 2, 0.01 * math.log(8) ** 2]
     assert terms.values()["z_loss"][0].tolist() == pytest.approx(want)
     assert terms.total().item() == pytest.approx(sum(want))
@@ -51,7 +57,7 @@ def test_z_loss_gradient_is_that_of_a_plain_softmax(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_LBV = (4 * torch.randn(5, 3, 32, generator=generator)).to(dtype).requires_grad_()
     terms = terms_of(logits_LBV)
-    ZLoss(ZLossConfig(weight=0.5), 1).on_loss(terms, batch(3, 5))
+    ZLoss(ZLossConfig(weight=0.5), FACTS).on_loss(terms, batch(3, 5))
     (gradient,) = torch.autograd.grad(terms.total(), logits_LBV)
     plain = logits_LBV.detach().double()
     log_z = plain.exp().sum(-1).log()
@@ -64,7 +70,7 @@ def test_z_loss_gradient_is_that_of_a_plain_softmax(dtype: torch.dtype) -> None:
 
 def test_z_loss_of_huge_logits_is_finite() -> None:
     terms = terms_of(torch.full((1, 1, 4), 300.0))
-    ZLoss(ZLossConfig(weight=1.0), 1).on_loss(terms, batch(1, 1))
+    ZLoss(ZLossConfig(weight=1.0), FACTS).on_loss(terms, batch(1, 1))
     assert terms.total().item() == pytest.approx((300 + math.log(4)) ** 2)
 
 
@@ -75,7 +81,7 @@ def _split_z_loss(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
     share = 16 // world
     mine = logits_LBV[..., rank * share : (rank + 1) * share].clone().requires_grad_()
     terms = terms_of(mine, dist.group.WORLD)
-    ZLoss(ZLossConfig(weight=0.1), 1).on_loss(terms, batch(3, 4))
+    ZLoss(ZLossConfig(weight=0.1), FACTS).on_loss(terms, batch(3, 4))
     total = terms.total()
     total.backward()
     assert mine.grad is not None
@@ -88,7 +94,7 @@ def test_z_loss_over_a_split_vocabulary(ranks, world: int) -> None:
     logits_LBV = 5 * torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(7))
     logits_LBV.requires_grad_()
     terms = terms_of(logits_LBV)
-    ZLoss(ZLossConfig(weight=0.1), 1).on_loss(terms, batch(3, 4))
+    ZLoss(ZLossConfig(weight=0.1), FACTS).on_loss(terms, batch(3, 4))
     terms.total().backward()
     parts = ranks.run(_split_z_loss, world=world)
     assert all(torch.equal(part[1], parts[0][1]) for part in parts), "the same term on every rank"
@@ -129,7 +135,7 @@ def averages(technique: EMA, weights: Masters) -> dict[str, list[float]]:
 
 def test_ema_by_hand() -> None:
     weights = Masters(a=[0.0, 8.0], b=[-1.0])
-    ema = EMA(EMAConfig(decay=0.75), 1)
+    ema = EMA(EMAConfig(decay=0.75), FACTS)
     for number, a in enumerate(([4.0, 0.0], [8.0, 4.0], [0.0, 0.0])):
         weights.master("a").copy_(torch.tensor(a))
         step(ema, weights, number)
@@ -140,7 +146,7 @@ def test_ema_by_hand() -> None:
 
 def test_ema_leaves_out_skipped_steps_and_those_between() -> None:
     weights = Masters(a=[1.0])
-    ema = EMA(EMAConfig(decay=0.5, every=2), 1)
+    ema = EMA(EMAConfig(decay=0.5, every=2), FACTS)
     for number, (value, applied) in enumerate(
         [(9.0, True), (2.0, True), (9.0, True), (9.0, False), (9.0, True), (4.0, True)]
     ):
@@ -151,7 +157,7 @@ def test_ema_leaves_out_skipped_steps_and_those_between() -> None:
 
 def test_ema_is_evaluated_and_every_bit_comes_back() -> None:
     weights = Masters(a=torch.randn(64, generator=torch.Generator().manual_seed(0)).tolist())
-    ema = EMA(EMAConfig(decay=0.9), 1)
+    ema = EMA(EMAConfig(decay=0.9), FACTS)
     for number in range(3):
         weights.master("a").mul_(1.1)
         step(ema, weights, number)
@@ -169,7 +175,7 @@ def test_ema_is_evaluated_and_every_bit_comes_back() -> None:
 @pytest.mark.parametrize("config", [EMAConfig(evaluate=False), EMAConfig(every=5)])
 def test_ema_evaluates_the_weights_themselves_when_told_or_before_it_began(config: EMAConfig) -> None:
     weights = Masters(a=[1.0, 2.0])
-    ema = EMA(config, 1)
+    ema = EMA(config, FACTS)
     step(ema, weights, 0)
     weights.master("a").mul_(2)
     ema.on_eval(True, weights)
@@ -184,13 +190,13 @@ def test_ema_resumes_exactly(saved_after: int) -> None:
             step(technique, weights, number)
 
     config = EMAConfig(decay=0.7)
-    weights, whole_run = Masters(a=[0.3, -0.7]), EMA(config, 1)
+    weights, whole_run = Masters(a=[0.3, -0.7]), EMA(config, FACTS)
     advance(whole_run, weights, 0, 6)
 
-    first_weights, first = Masters(a=[0.3, -0.7]), EMA(config, 1)
+    first_weights, first = Masters(a=[0.3, -0.7]), EMA(config, FACTS)
     advance(first, first_weights, 0, saved_after)
     tensors, state = averages(first, first_weights), first.state_dict()
-    second_weights, second = Masters(a=first_weights.master("a").tolist()), EMA(config, 1)
+    second_weights, second = Masters(a=first_weights.master("a").tolist()), EMA(config, FACTS)
     for name, tensor in second.sharded_state(second_weights).items():
         tensor.pieces[0].tensor.copy_(torch.tensor(tensors[name]))
     second.load_state_dict(state)

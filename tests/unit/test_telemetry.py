@@ -56,12 +56,13 @@ class Clock:
 
 
 def telemetry(*sinks: Sink, log_every: int = 1, total_steps: int = 100, **options) -> Telemetry:
-    settings = {"is_writer": True, "flops_per_token": None, "peak_flops": None} | options
+    settings = {"is_writer": True, "peak_flops": None} | options
     return Telemetry(sinks, log_every=log_every, total_steps=total_steps, **settings)
 
 
 def at(step: int, skipped: int = 0) -> Progress:
-    return Progress(step=step, samples=8 * step, tokens=8 * 16 * step, skipped=skipped)
+    tokens = 8 * 16 * step
+    return Progress(step, 8 * step, tokens, layer_tokens=tokens, flops=1000.0 * tokens, skipped=skipped)
 
 
 def record(target: Telemetry, step: int, loss: float = 2.5, applied: bool = True, **options) -> None:
@@ -102,7 +103,7 @@ def row(step: int, **values) -> dict:
 
 
 def test_a_recorded_step_is_one_parsable_row(tmp_path: Path):
-    target = telemetry(JsonlSink(tmp_path, {}, {}), flops_per_token=6.0, peak_flops=1e6)
+    target = telemetry(JsonlSink(tmp_path, {}, {}), peak_flops=1e6)
     target.start(Progress())
     valid = {"loss": 2.75, "domain_loss": {"books": 2.5, "code": 3.0}}
     record(target, 1, extra={"z_loss": {"log_z": 3.0}}, valid=valid)
@@ -113,6 +114,8 @@ def test_a_recorded_step_is_one_parsable_row(tmp_path: Path):
         "step": 1,
         "samples": 8,
         "tokens": 128,
+        "layer_tokens": 128,
+        "flops": 128_000.0,
         "loss": 2.5,
         "grad_norm": 0.75,
         "lr": 1e-3,
@@ -127,7 +130,7 @@ def test_a_recorded_step_is_one_parsable_row(tmp_path: Path):
         "session": 1,
     }
     assert {key: first[key] for key in expected} == expected
-    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 6.0 / 1e6)
+    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1000 / 1e6)
     assert "verdict" not in first
     assert "valid_loss" not in second
     assert second["mfu"] is not None
@@ -246,7 +249,7 @@ def test_close_without_start_touches_no_sink():
 
 def test_speed_leaves_out_evaluation_and_checkpoints(monkeypatch: pytest.MonkeyPatch):
     clock, sink = Clock(monkeypatch), Memory()
-    target = telemetry(sink, log_every=2, flops_per_token=1000.0, peak_flops=64_000.0)
+    target = telemetry(sink, log_every=2, peak_flops=64_000.0)
     target.start(at(10))  # resumed: the tokens before count for nothing
     for step in (11, 12):
         target.begin(step)
@@ -670,7 +673,6 @@ def test_build_gives_the_sinks_that_were_asked_for(
             header={"model": "gpt_tiny"},
             is_writer=writer,
             log_every=1,
-            flops_per_token=None,
             peak_flops=None,
             total_steps=4,
         )
@@ -708,7 +710,6 @@ def test_tracking_none_writes_rows_and_log_only(tmp_path: Path):
         header={},
         is_writer=True,
         log_every=1,
-        flops_per_token=None,
         peak_flops=None,
         total_steps=1,
     )

@@ -94,6 +94,10 @@ class Diary:
         self.note("bus.schedule")
         return plan
 
+    def limit(self, plan: StepPlan) -> StepPlan:
+        self.note("limit")
+        return plan
+
     def take(self, plan: StepPlan) -> str:
         self.note("take")
         return "rows"
@@ -174,6 +178,7 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
 STEP = [
     "schedules.at",
     "bus.schedule",
+    "limit",
     "[data",
     "take",
     "bus.batch(rows)",
@@ -218,7 +223,7 @@ def test_a_run_call_by_call() -> None:
         *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
         *END,
     ]
-    assert progress == Progress(step=3, samples=6, tokens=24)
+    assert progress == Progress(step=3, samples=6, tokens=24, layer_tokens=24)
 
 
 def test_a_row_has_the_steps_numbers() -> None:
