@@ -53,6 +53,10 @@ VERBS = {
         "launch.generate", "write text with a checkpoint, to look at",
         "megafab.config.generate:GenerateConfig", "generate",
     ),
+    "score": Verb(
+        "launch.score", "the loss of every token of a corpus under a reference model",
+        "megafab.config.score:ScoreConfig", "score",
+    ),
     "ckpt": Verb("launch.ckpt", "inspect, verify, reshape, diff, average and convert checkpoints"),
     "report": Verb("launch.report", "one HTML page with the plots of one run or several"),
     "doctor": Verb("launch.doctor", "what is installed, what is missing, whether this node can train"),

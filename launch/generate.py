@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from megafab.config import load
 from megafab.config.generate import GenerateConfig, check
-from megafab.errors import ConfigError, UserError
+from megafab.errors import UserError
 
 
 def main(overrides: list[str]) -> int:
     """Print samples and keep them beside the run; returns the exit code."""
     config = load.compose(GenerateConfig, "generate", overrides)
     check(config)
-    from megafab.checkpoint import store
-    from megafab.config.schema import RunConfig
-    from megafab.config.tree import build
-    from megafab.data.format import Corpus
+    from launch.chosen import chosen
     from megafab.data.tokenizer import Tokenizer
     from megafab.platform import platform
 
-    paths = store.locate(Path(config.checkpoint), key="checkpoint")
-    checkpoint, damaged = store.first_intact(paths, store.quick_check)
-    assert checkpoint is not None  # locate() has refused a place without any
-    for problem in damaged:
-        print(f"passing over a damaged checkpoint: {problem}", file=sys.stderr)
-    state = store.read_state(checkpoint)
-    run = build(RunConfig, state["config"])
-    corpus = Corpus.open(config.data or run.data.path)
-    if corpus.tokenizer_fingerprint != state["data"].get("tokenizer", corpus.tokenizer_fingerprint):
-        raise ConfigError(
-            f"data={config.data or run.data.path}",
-            "another tokenizer than the checkpoint was trained with",
-            "the corpus of the run",
-            "name the corpus directory of the run with data=",
-        )
+    checkpoint, run, corpus = chosen(config.checkpoint, config.data)
     platform.start(0)
     import torch
 

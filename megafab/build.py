@@ -157,6 +157,7 @@ def _facts(
         tokens=corpus.tokens("train"),
         text_bytes=corpus.text_bytes("train"),
         steps=steps,
+        fixed=() if config.techniques.replay is None else tuple(config.techniques.replay.domains),
     )
 
 

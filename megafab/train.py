@@ -60,7 +60,8 @@ def fit(run: Run) -> Progress:
             last = not run.schedules.remaining(progress)
             leaving = run.signals.leave() and not last
             valid = None
-            if run.cadence.evaluates(progress.step, last) and not leaving:
+            wanted = run.bus.reads_evaluation or not leaving
+            if run.cadence.evaluates(progress.step, last) and wanted:
                 with part("evaluate"):
                     valid = evaluate(run)
             _record(run, plan, progress, outcome, ledger, valid)
@@ -88,10 +89,11 @@ def evaluate(run: Run) -> LedgerReport:
     ledger, *rest = (
         run.engine.evaluate(batch, run.validation.micro_batch, nll_only) for batch in run.validation.batches
     )
-    run.bus.eval(False, weights)
     for other in rest:
         ledger.merge(other)
-    return ledger.reduced()
+    report = ledger.reduced()
+    run.bus.eval(False, weights, report)
+    return report
 
 
 def _record(

@@ -5,9 +5,15 @@ The refused combinations are those that would train something else than was aske
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
 
-from megafab.config.rule import Facts, Rule, Violation, below_one, not_negative, table
+from megafab.config.rule import Facts, Range, Rule, Violation, below_one, not_negative, positive, table
+from megafab.config.tree import did_you_mean
+from megafab.data.derived import SCORES
+from megafab.errors import UserError
+from megafab.techniques.config import MixingMode, Population, Reward
 
 RULES: list[Rule] = []
 rule = table(RULES)
@@ -15,6 +21,21 @@ rule = table(RULES)
 _RANGES = (
     not_negative("techniques.z_loss.weight"),
     below_one("techniques.ema.decay"),
+    below_one("techniques.online_mixing.smoothing"),
+    not_negative("techniques.online_mixing.warmup_steps"),
+    positive("techniques.online_mixing.every"),
+    positive("techniques.online_mixing.reward_scale"),
+    below_one("techniques.online_mixing.exploration_floor"),
+    positive("techniques.online_mixing.max_loss"),
+    below_one("techniques.dynamic_loading.smoothing"),
+    Range("techniques.replay.share", 0, 1, "more than 0 and below 1", open_low=True, open_high=True),
+    positive("techniques.sample_reweighting.temperature"),
+    positive("techniques.sample_reweighting.start_temperature"),
+    not_negative("techniques.sample_reweighting.warmup_steps"),
+    not_negative("techniques.sample_reweighting.temperature_steps"),
+    Range("techniques.sample_reweighting.quantile", 0, 0.5, "at least 0 and below 0.5", open_high=True),
+    Range("techniques.token_selection.keep", 0, 1, "more than 0 and at most 1", open_low=True),
+    not_negative("techniques.token_selection.warmup_steps"),
 )
 
 
@@ -22,3 +43,140 @@ _RANGES = (
 def _ranges(facts: Facts) -> Iterator[Violation]:
     for allowed in _RANGES:
         yield from allowed.violations(facts)
+
+
+# -- the mixture ---------------------------------------------------------------------------------------------
+
+
+@rule("one-mixing-policy", relates=False)
+def _one_mixing_policy(facts: Facts) -> Iterator[Violation]:
+    on = facts.config.techniques
+    if on.online_mixing and on.dynamic_loading:
+        expected, fix = "one technique that decides the mixture", "take one of the two out"
+        where = "technique=[online_mixing,dynamic_loading]"
+        yield Violation(where, "two that decide the mixture", expected, fix)
+
+
+def _known(facts: Facts, key: str, names: Iterable[str]) -> Iterator[Violation]:
+    """Names of domains must be the corpus'."""
+    for name in names:
+        if facts.data and name not in facts.data.tokens:
+            known = ", ".join(facts.data.tokens)
+            fix = did_you_mean(name, facts.data.tokens) or "use the names of the corpus"
+            yield Violation(key, name, f"domains of data.path={facts.data.path}: {known}", fix)
+
+
+@rule("online-mixing", relates=False)
+def _online_mixing(facts: Facts) -> Iterator[Violation]:
+    mixing = facts.config.techniques.online_mixing
+    if mixing is None:
+        return
+    key = "techniques.online_mixing"
+    excess = mixing.reward is Reward.excess
+    if bool(mixing.reference) != excess:
+        fix = f"give {key}.reference={{domain: loss, ...}} with {key}.reward=excess, or neither"
+        found = "no reference losses" if excess else "reference losses that nothing reads"
+        yield Violation(f"{key}.reward={_name(mixing.reward)}", found, "both of the two", fix)
+    if excess and facts.data:
+        missing = [name for name in _mixed(facts) if name not in mixing.reference]
+        if missing and mixing.reference:
+            fix = f"add {missing[0]} to it"
+            yield Violation(f"{key}.reference", f"no loss for {', '.join(missing)}", "one a domain", fix)
+    if mixing.mode is MixingMode.released and mixing.reward_scale != 1.0:
+        fix = f"leave {key}.reward_scale out, or {key}.mode=paper"
+        expected = "1, since only the shares of rewards count there"
+        yield Violation(f"{key}.reward_scale={mixing.reward_scale:g}", f"{key}.mode=released", expected, fix)
+    yield from _known(facts, f"{key}.reference", mixing.reference)
+
+
+@rule("dynamic-loading", relates=False)
+def _dynamic_loading(facts: Facts) -> Iterator[Violation]:
+    loading, evaluation = facts.config.techniques.dynamic_loading, facts.config.eval
+    if loading is None:
+        return
+    key = "techniques.dynamic_loading"
+    if not evaluation.every or not evaluation.samples:
+        found = f"eval.every={evaluation.every} eval.samples={evaluation.samples}"
+        expected = "evaluations, after each of which the mixture is decided"
+        yield Violation("technique=[dynamic_loading]", found, expected, "eval.every=400 eval.samples=64")
+    if bool(loading.fit_losses) != bool(loading.fit_sizes):
+        expected, fix = "both, or neither", "three sizes, and three losses for each domain"
+        given, missing = ("fit_losses", "fit_sizes") if loading.fit_losses else ("fit_sizes", "fit_losses")
+        yield Violation(f"{key}.{given}", f"no {key}.{missing}", expected, fix)
+    twice = loading.reference.keys() & loading.fit_losses.keys()
+    if twice:
+        where, fix = f"{key}.reference", "give each domain one of the two"
+        yield Violation(where, f"{', '.join(sorted(twice))} in fit_losses too", "one for each domain", fix)
+    yield from _known(facts, f"{key}.reference", loading.reference)
+    yield from _known(facts, f"{key}.fit_losses", loading.fit_losses)
+
+
+@rule("replay", relates=False)
+def _replay(facts: Facts) -> Iterator[Violation]:
+    replay = facts.config.techniques.replay
+    if replay is None:
+        return
+    key, corpus = "techniques.replay.domains", facts.data
+    if not replay.domains:
+        yield Violation(f"{key}=[]", "no domain", "the domains of the earlier training", f"{key}=[name]")
+    yield from _known(facts, key, replay.domains)
+    if corpus and replay.domains and all(name in corpus.tokens for name in replay.domains):
+        weights = _weights(facts)
+        old = [name for name in replay.domains if weights.get(name, 0) > 0]
+        new = [name for name, weight in weights.items() if weight > 0 and name not in replay.domains]
+        if not old or not new:
+            found = f"no weight for {'any of them' if not old else 'any other domain'} in data.mixture"
+            fix = "give both a weight in data.mixture; only its proportions inside each group count"
+            where = f"{key}=[{', '.join(replay.domains)}]"
+            yield Violation(where, found, "old domains and new ones, both with a weight", fix)
+
+
+def _weights(facts: Facts) -> Mapping[str, float]:
+    mixture, corpus = facts.config.data.mixture, facts.data
+    return mixture if mixture is not None else corpus.tokens if corpus else {}
+
+
+def _mixed(facts: Facts) -> list[str]:
+    """The domains that a mixing policy decides over."""
+    replay = facts.config.techniques.replay
+    fixed = replay.domains if replay else []
+    return [name for name, weight in _weights(facts).items() if weight > 0 and name not in fixed]
+
+
+def _name(value: Enum | None) -> str:
+    return "null" if value is None else str(value.value)
+
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+@rule("sample-reweighting")
+def _sample_reweighting(facts: Facts) -> Iterator[Violation]:
+    weighing, train = facts.config.techniques.sample_reweighting, facts.config.train
+    if weighing is None:
+        return
+    key = "techniques.sample_reweighting"
+    by_micro_batch = weighing.over is Population.micro_batch
+    samples = train.micro_batch * facts.data_ranks if by_micro_batch else train.global_batch
+    if samples < 2:
+        found = f"train.micro_batch={train.micro_batch} on {facts.data_ranks} data parallel rank"
+        expected = "at least 2 samples that are weighed together; one alone always counts as it is"
+        fix = f"a larger train.micro_batch, or {key}.over=batch"
+        yield Violation(f"{key}.over={weighing.over.value}", found, expected, fix)
+    if bool(weighing.temperature_steps) != (weighing.start_temperature is not None):
+        where = f"{key}.temperature_steps={weighing.temperature_steps}"
+        found = f"{key}.start_temperature={weighing.start_temperature}"
+        fix = "give both to move the temperature, or neither"
+        yield Violation(where, found, "both, or neither", fix)
+
+
+@rule("token-selection", relates=False)
+def _token_selection(facts: Facts) -> Iterator[Violation]:
+    selection, corpus = facts.config.techniques.token_selection, facts.data
+    if selection is None or corpus is None:
+        return
+    try:
+        SCORES.read(SCORES.directory(Path(corpus.path), selection.reference))
+    except UserError as error:
+        where = f"techniques.token_selection.reference={selection.reference}"
+        yield Violation(where, f"{error.found} at {error.where}", error.expected, error.fix)

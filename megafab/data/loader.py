@@ -91,7 +91,7 @@ class Loader:
         self._corpus, self._split, self._seed = corpus, split, seed
         self._seq_len, self._packing = seq_len, packing
         self._data_rank, self._data_ranks = data_rank, data_ranks
-        self._reader = _Reader(corpus, split, seq_len, packing, self._plan.columns)
+        self._reader = WindowReader(corpus, split, seq_len, packing, self._plan.columns)
         seeds = self._plan.order_seeds
         self._window_keys_D = np.array(
             [order.stream_key(seeds.get(name, seed), "windows", name) for name in corpus.domains], np.uint64
@@ -139,19 +139,22 @@ class Loader:
     def limit(self, plan: StepPlan) -> StepPlan:
         """The plan without the domains that were read `max_epochs` times; the others share their weight.
 
+        Replayed domains share among themselves: their joint weight is not to be changed.
+
         Decided between steps: a step may read past the limit by what is left of it.
 
         Raises:
-            UserError: no domain is left.
+            UserError: no domain is left to take another's share.
         """
         if self._max_epochs is None:
             return plan
         exhausted_D = self._counts_D >= self._max_epochs * self._reader.windows_D
-        weights_D = mixture.limited(plan.domain_weights, exhausted_D.tolist())
-        if not any(weights_D):
+        weights_D = mixture.limited(plan.domain_weights, exhausted_D.tolist(), plan.replayed)
+        if weights_D is None:
+            whose = "replayed domains or all others" if plan.replayed else "domains"
             raise UserError(
                 f"data.max_epochs={self._max_epochs:g}",
-                f"every domain read that often after {self._samples:,} samples",
+                f"all {whose} read that often after {self._samples:,} samples",
                 "samples left for the rest of the run",
                 "raise data.max_epochs, add text, or end the run earlier: train.steps, train.tokens",
             )
@@ -277,7 +280,7 @@ def validation_batches(
     (their collectives must match) and sums over the mask do not depend on `data_ranks`. A domain with
     nothing to predict has no micro-batches.
     """
-    reader = _Reader(corpus, "valid", seq_len, packing)
+    reader = WindowReader(corpus, "valid", seq_len, packing)
     result = {}
     for domain, name in enumerate(corpus.domains):
         # A short split still has the labels it has; one token predicts nothing.
@@ -294,7 +297,7 @@ def validation_batches(
     return result
 
 
-class _Reader:
+class WindowReader:
     """Windows of one split as rows of a batch.
 
     `windows_D` is the number of full windows of each domain.

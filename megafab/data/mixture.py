@@ -100,12 +100,22 @@ def _pick(weight_D: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
     return np.searchsorted(cumulative_D, uniform_N, side="right")
 
 
-def limited(weights_D: Sequence[float], exhausted_D: Sequence[bool]) -> tuple[float, ...]:
-    """The weights without the exhausted domains, summing to 1; as they are when none is exhausted."""
-    if not any(exhausted_D):
-        return tuple(weights_D)
-    left_D = [0.0 if gone else weight for weight, gone in zip(weights_D, exhausted_D, strict=True)]
-    return _normalised(left_D) if any(left_D) else tuple(left_D)
+def limited(
+    weights_D: Sequence[float], exhausted_D: Sequence[bool], replayed: Sequence[int] = ()
+) -> tuple[float, ...] | None:
+    """The weights without the exhausted domains; None where a group that had a weight is left without any.
+
+    The groups are the replayed domains and the others: each keeps its joint weight.
+    """
+    result_D = list(weights_D)
+    for group in (set(replayed), set(range(len(result_D))) - set(replayed)):
+        before = math.fsum(result_D[number] for number in group)
+        left = math.fsum(result_D[number] for number in group if not exhausted_D[number])
+        if before and not left:
+            return None
+        for number in group:
+            result_D[number] *= 0.0 if exhausted_D[number] else before / left if left else 1.0
+    return tuple(result_D)
 
 
 def occurrence(domain_N: np.ndarray) -> np.ndarray:

@@ -119,6 +119,14 @@ class LossTerms:
             return self._step_losses_M, place_B + self._micro_batch * ranks * rows
         return self.over_data(self.row_losses()), place_B
 
+    def whole_rows(self, *values_BL: Tensor) -> tuple[Tensor, ...]:
+        """Values of all positions of the rows [B, S], S in the order of context ranks; without gradient."""
+        context, rows = self._context, len(self.mask_BL)
+        if context is None:
+            return tuple(value.detach() for value in values_BL)
+        parts = [gathered(value.detach(), context).view(context.size(), rows, -1) for value in values_BL]
+        return tuple(part.transpose(0, 1).flatten(1) for part in parts)
+
     def over_data(self, value: Tensor) -> Tensor:
         """The values of all data ranks along the first dimension, by rank; without gradient."""
         if self._data is None:

@@ -64,6 +64,7 @@ RESOURCES = frozenset(
         "batch_size",
         "sequence_length",
         "mixture",
+        "replay",
         "batch",  # on_batch: tokens, mask, extra
         "loss_terms",  # on_loss: terms beside the nll
         "token_weights",  # on_loss: weights of the nll
@@ -120,7 +121,7 @@ class Facts:
     """What a technique may know of its run before it begins. Tuples are by domain, in the corpus' order.
 
     `seed` is the run's, `weights` the mixture it begins with, `tokens` and `text_bytes` those of the training
-    split, `steps` the length of the run.
+    split, `steps` the length of the run. `fixed` are the domains whose share no mixing policy decides.
     """
 
     seed: int
@@ -130,6 +131,7 @@ class Facts:
     tokens: tuple[int, ...]
     text_bytes: tuple[int, ...]
     steps: int
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -145,7 +147,8 @@ class Technique:
 
     Class attributes: `name` is its field in `techniques.config.TechniquesConfig`; `needs` the engine
     capabilities without which it cannot work; `writes` the `RESOURCES` it changes, `composes` those of them
-    that others may change too; `after` the techniques whose hooks run first when they are on; `terms` the
+    that others may change too; `after` the techniques whose hooks run first when they are on;
+    `reads_evaluation` says that its state depends on evaluations, so that none may be left out; `terms` the
     names `on_loss` adds to the loss, `notes` those it only has added up (`LossTerms.note`).
 
     Args:
@@ -158,6 +161,7 @@ class Technique:
     writes: ClassVar[frozenset[str]] = frozenset()
     composes: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
+    reads_evaluation: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[tuple[str, ...]] = ()
 
@@ -199,8 +203,11 @@ class Technique:
     ) -> None:
         """After the update or its skip: edits weights, updates averages, feeds policies."""
 
-    def on_eval(self, entering: bool, weights: WeightEditor) -> None:
-        """Puts other weights in place for an evaluation, and the very same bits back after it."""
+    def on_eval(self, entering: bool, weights: WeightEditor, losses: LedgerReport | None = None) -> None:
+        """Puts other weights in place for an evaluation, and the very same bits back after it.
+
+        `losses` are what was measured, when it is over.
+        """
 
     def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:
         """Its own numbers of the last step, written under its name; mappings of them by domain, too.

@@ -41,6 +41,7 @@ class Bus:
 
     Attributes:
         terms: the names of the loss terms they add, in order; `notes` those of what they only record.
+        reads_evaluation: whether a state depends on evaluations, so that none may be left out.
 
     Raises:
         ConfigError: a technique needs what the engine lacks, or two change the same thing.
@@ -65,6 +66,7 @@ class Bus:
         _check_writes(self._techniques)
         self.terms = tuple(term for technique in self._techniques for term in technique.terms)
         self.notes = tuple(note for technique in self._techniques for note in technique.notes)
+        self.reads_evaluation = any(technique.reads_evaluation for technique in self._techniques)
         self._on_schedule = self._overriding("on_schedule")
         self._on_batch = self._overriding("on_batch")
         self._on_loss = self._overriding("on_loss")
@@ -129,10 +131,10 @@ class Bus:
         for technique in self._on_step:
             technique.on_step(plan, outcome, ledger, weights)
 
-    def eval(self, entering: bool, weights: WeightEditor) -> None:
-        """Before (`entering`) and after an evaluation; left in the opposite order."""
+    def eval(self, entering: bool, weights: WeightEditor, losses: LedgerReport | None = None) -> None:
+        """Before (`entering`) and after an evaluation with its losses; left in the opposite order."""
         for technique in self._on_eval if entering else reversed(self._on_eval):
-            technique.on_eval(entering, weights)
+            technique.on_eval(entering, weights, losses)
 
     def metrics(self, report: LedgerReport) -> dict[str, dict[str, Any]]:
         """The numbers of each technique under its name: its loss terms' means, and what it says itself."""

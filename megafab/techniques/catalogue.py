@@ -11,6 +11,11 @@ from megafab.techniques.config import TechniquesConfig
 CLASSES = {
     "z_loss": "megafab.techniques.z_loss:ZLoss",
     "ema": "megafab.techniques.ema:EMA",
+    "online_mixing": "megafab.techniques.online_mixing:OnlineMixing",
+    "dynamic_loading": "megafab.techniques.dynamic_loading:DynamicLoading",
+    "replay": "megafab.techniques.replay:Replay",
+    "sample_reweighting": "megafab.techniques.sample_reweighting:SampleReweighting",
+    "token_selection": "megafab.techniques.token_selection:TokenSelection",
 }
 
 

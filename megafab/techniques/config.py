@@ -5,7 +5,10 @@ Kept apart from the code so that a configuration is checked without importing to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,103 @@ class EMAConfig:
     evaluate: bool = True  # evaluate with the averaged weights
 
 
+class MixingMode(Enum):
+    """Which of the two algorithms of online data mixing: they differ much (`techniques/online_mixing.py`)."""
+
+    released = "released"  # the authors' code: shares of the mean rewards
+    paper = "paper"  # as printed: EXP3 with mean rewards
+
+
+class Reward(Enum):
+    """What a domain is rewarded for."""
+
+    loss = "loss"
+    perplexity = "perplexity"
+    bits_per_byte = "bits_per_byte"  # makes domains comparable that the tokenizer cuts up differently
+    excess = "excess"  # the loss above techniques.online_mixing.reference
+    decrease = "decrease"  # how far the loss is below its own moving average
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineMixingConfig:
+    """`techniques/online_mixing.py`."""
+
+    mode: MixingMode = MixingMode.released
+    reward: Reward | None = None  # null: perplexity if released, loss if paper
+    smoothing: float | None = None  # weight of the old mean reward; null: 0.5 if released, 0.9 if paper
+    warmup_steps: int = 0  # steps at the mixture the run begins with
+    every: int = 1  # steps between two decisions
+    reference: dict[str, float] = field(default_factory=dict[str, float])  # losses by domain, for excess
+    reward_scale: float = 1.0  # paper only
+    exploration_floor: float = 0.0  # of the exploration, which otherwise goes to 0
+    max_loss: float = 12.0  # nats; a larger loss counts as this
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicLoadingConfig:
+    """`techniques/dynamic_loading.py`. References are given, or fitted to losses of models of three sizes."""
+
+    reference: dict[str, float] = field(default_factory=dict[str, float])  # target loss of each domain
+    fit_sizes: list[float] = field(default_factory=list[float])  # three parameter counts
+    fit_losses: dict[str, list[float]] = field(default_factory=dict[str, list[float]])  # of each, by domain
+    clamp_excess: bool = True  # as in the paper; false: a loss below its reference lowers the weight
+    smoothing: float = 0.0  # share of the uniform mixture in every new one; the released code has 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayConfig:
+    """`techniques/replay.py`."""
+
+    domains: list[str] = MISSING  # those of the earlier training
+    share: float = 0.05  # of the samples, exactly
+    seed: int | None = None  # train.seed of the earlier run, for its order; null: this run's
+
+
+class Strategy(Enum):
+    """Which samples get the weight, by their place h in [-1, 1] between the smallest and largest loss."""
+
+    linupper = "linupper"  # rising to the middle, level above: low losses count less
+    quadratic = "quadratic"  # the middle
+    extremes = "extremes"  # both ends
+
+
+class Population(Enum):
+    """The samples that are weighed together."""
+
+    micro_batch = "micro_batch"  # of all data ranks: train.micro_batch x data ranks
+    batch = "batch"  # the global batch; costs a forward pass more when it has several micro-batches
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReweightingConfig:
+    """`techniques/sample_reweighting.py`."""
+
+    strategy: Strategy = Strategy.linupper
+    temperature: float = 1.0  # r; the larger, the closer to uniform weights
+    warmup_steps: int = 1000  # of uniform weights
+    start_temperature: float | None = None  # after the warm-up; null: temperature
+    temperature_steps: int = 0  # from start_temperature to temperature, geometrically
+    quantile: float = 0.0  # losses below this share of samples, and above 1 - it, count as its edge; 0: none
+    over: Population = Population.micro_batch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSelectionConfig:
+    """`techniques/token_selection.py`."""
+
+    reference: str = MISSING  # a directory of scores, made by megafab score
+    keep: float = 0.6  # share of each sequence's tokens
+    warmup_steps: int = 0  # of all tokens
+
+
 @dataclass(frozen=True, slots=True)
 class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
 
     z_loss: ZLossConfig | None = None
     ema: EMAConfig | None = None
+    online_mixing: OnlineMixingConfig | None = None
+    dynamic_loading: DynamicLoadingConfig | None = None
+    replay: ReplayConfig | None = None
+    sample_reweighting: SampleReweightingConfig | None = None
+    token_selection: TokenSelectionConfig | None = None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from megafab.loss.ledger import LossLedger
+from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.run import StepOutcome, StepPlan
 from megafab.techniques.base import Facts, Technique
 from megafab.techniques.config import EMAConfig
@@ -54,7 +54,7 @@ class EMA(Technique):
             average.lerp_(master, step)
         self._updates += 1
 
-    def on_eval(self, entering: bool, weights: WeightEditor) -> None:
+    def on_eval(self, entering: bool, weights: WeightEditor, losses: LedgerReport | None = None) -> None:
         """Swaps masters and average; a second swap gives every bit back."""
         if not self.config.evaluate or not self._updates:
             return

@@ -21,8 +21,9 @@ from ranks import Ranks
 from megafab.checkpoint.config import CheckpointConfig
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig, EvalConfig
+from megafab.data.scores import ScoresWriter
 from megafab.engine.base import WeightEditor
-from megafab.loss.ledger import LossLedger
+from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.loss.terms import LossTerms
 from megafab.model.config import ModelConfig
 from megafab.optim.config import OptimConfig, ScheduleConfig
@@ -30,7 +31,17 @@ from megafab.run import Action, Batch, GradStats, Progress, StepOutcome, StepPla
 from megafab.techniques import catalogue
 from megafab.techniques.base import RESOURCES
 from megafab.techniques.bus import Bus
-from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
+from megafab.techniques.config import (
+    DynamicLoadingConfig,
+    EMAConfig,
+    OnlineMixingConfig,
+    Population,
+    ReplayConfig,
+    SampleReweightingConfig,
+    TechniquesConfig,
+    TokenSelectionConfig,
+    ZLossConfig,
+)
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind
 from megafab.telemetry.rows import METRICS_FILE, flatten, read_rows
 from megafab.topology.config import ParallelConfig
@@ -40,6 +51,11 @@ pytestmark = pytest.mark.multiproc
 SETTINGS: dict[str, Any] = {
     "z_loss": ZLossConfig(weight=0.05),
     "ema": EMAConfig(decay=0.5),
+    "online_mixing": OnlineMixingConfig(warmup_steps=1),
+    "dynamic_loading": DynamicLoadingConfig(reference={"books": 3.0, "code": 4.0}),
+    "replay": ReplayConfig(domains=["books"], share=0.3, seed=5),
+    "sample_reweighting": SampleReweightingConfig(temperature=1.0, warmup_steps=1, over=Population.batch),
+    "token_selection": TokenSelectionConfig(reference="reference", keep=0.5, warmup_steps=1),
 }
 NAMES = sorted(catalogue.CLASSES)
 STEPS, HALF = 6, 3
@@ -109,7 +125,8 @@ class _Audit:
         changed = self._bus.schedule(plan, progress)
         assert self._bus.schedule(plan, progress) == changed, "on_schedule must be pure"
         for field, resource in PLAN_FIELDS.items():
-            self._require(resource, getattr(changed, field) == getattr(plan, field))
+            if not (field == "domain_weights" and "replay" in self._writes):
+                self._require(resource, getattr(changed, field) == getattr(plan, field))
         return changed
 
     def batch(self, batch: Batch, plan: StepPlan) -> Batch:
@@ -139,10 +156,10 @@ class _Audit:
         self._bus.step(plan, outcome, ledger, weights)
         self._require("weights", masters(weights) == before)
 
-    def eval(self, entering: bool, weights: WeightEditor) -> None:
+    def eval(self, entering: bool, weights: WeightEditor, losses: LedgerReport | None = None) -> None:
         if entering:
             self._trained = masters(weights)
-        self._bus.eval(entering, weights)
+        self._bus.eval(entering, weights, losses)
         if entering:
             self._require("evaluation_weights", masters(weights) == self._trained)
         else:
@@ -158,6 +175,7 @@ PLAN_FIELDS = {
     "global_batch": "batch_size",
     "seq_len": "sequence_length",
     "domain_weights": "mixture",
+    "replayed": "replay",
 }
 
 
@@ -178,12 +196,17 @@ class Lab:
             # Squares of uniform numbers: some tokens are frequent, so that there is something to learn.
             return [np.append(1 + (127 * generator.random(n) ** 2).astype(int), 0) for n in lengths]
 
-        write_corpus(
+        corpus = write_corpus(
             self.data,
             {"books": documents(60), "code": documents(60)},
             {"books": documents(12), "code": documents(12)},
             vocab_size=128,
         )
+        scores = ScoresWriter(self.data / "scores" / "reference", corpus)
+        scores.create()
+        for domain, tokens in enumerate(corpus.tokens("train")):
+            scores.write(domain, 0, 5 * generator.random(tokens))
+        scores.finish(checkpoint="none", seq_len=16, packing="document")
         self._done: dict[str, tuple[list[str], list[Row], Path]] = {}
 
     def run(
@@ -209,7 +232,8 @@ def lab(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def numbers(rows: list[Row], name: str | None = None) -> list[Row]:
     """What was computed in each step, without what was measured."""
-    keys = ["step", "tokens", "loss", "grad_norm", "lr", "domain_loss", "valid_loss", "valid_domain_loss"]
+    keys = ["step", "tokens", "layer_tokens", "flops", "loss", "grad_norm", "lr", "domain_loss"]
+    keys += ["domain_weight", "valid_loss", "valid_domain_loss"]
     return [{key: row[key] for key in keys} | {"own": row.get(name or "", {})} for row in rows]
 
 

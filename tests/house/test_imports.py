@@ -30,12 +30,14 @@ LEVELS = {
     "megafab.engine": 4,
     "megafab.checkpoint": 4,
     "megafab.techniques.bus": 4,
+    "megafab.techniques.mixing": 4,
     "megafab.resilience": 4,
     "megafab.planner": 4,
     "megafab.techniques": 5,
     "megafab.config": 5,
     "megafab.build": 6,
     "megafab.generate": 6,
+    "megafab.score": 7,
     "megafab.convert": 7,
     "megafab.train": 7,
     "data_pipeline": 8,
@@ -56,6 +58,9 @@ DATA_PIPELINE_MAY_IMPORT = (
     "megafab.config.load",
     "megafab.data.format",
     "megafab.data.tokenizer",
+    "megafab.data.derived",  # the formats of what it derives from a corpus, as that of the corpus itself
+    "megafab.data.difficulty",
+    "megafab.data.scores",
 )
 # Nouns and sections: importable from everywhere.
 SHARED = ("megafab.errors", "megafab.run")
@@ -67,7 +72,11 @@ CONFINED = {
     ),
     "deepspeed": ("megafab.engine.zero",),
     "hydra": ("megafab.config.load",),
-    "omegaconf": ("megafab.config.load", "megafab.config.generate"),  # and every config.py, for MISSING
+    "omegaconf": (
+        "megafab.config.load",
+        "megafab.config.generate",
+        "megafab.config.score",
+    ),  # and every config.py, for MISSING
     "wandb": ("megafab.telemetry",),
     "datasets": ("data_pipeline",),
     "torch.distributed": (

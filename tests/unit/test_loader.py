@@ -217,7 +217,7 @@ def test_a_domain_is_left_out_after_its_epochs(corpus: Corpus):
             weights.append(step.domain_weights)
             loader.take(step)
 
-    with pytest.raises(UserError, match=r"data.max_epochs=1.5: found every domain read that often after \d"):
+    with pytest.raises(UserError, match=r"data.max_epochs=1.5: found all domains read that often after \d"):
         read_on()
     assert weights[0] == WEIGHTS
     assert all(sum(weights_D) == pytest.approx(1) for weights_D in weights)

@@ -1,0 +1,52 @@
+"""`megafab score`: the loss of every token of a corpus under a reference model."""
+
+from __future__ import annotations
+
+from data_pipeline.pool import Pool
+from megafab.config import load
+from megafab.config.score import ScoreConfig, check
+from megafab.errors import ConfigError
+from megafab.telemetry.meter import Meter
+
+
+def main(overrides: list[str]) -> int:
+    """Score, or find it done; returns the exit code."""
+    config = load.compose(ScoreConfig, "score", overrides)
+    check(config)
+    from launch.chosen import chosen
+
+    checkpoint, run, corpus = chosen(config.checkpoint, config.data)
+    seq_len = config.seq_len or run.model.seq_len
+    if seq_len > run.model.seq_len:
+        expected = f"at most the {run.model.seq_len} that the reference was trained with"
+        raise ConfigError(f"seq_len={seq_len}", f"{seq_len}", expected, "leave seq_len out")
+    from megafab.data.derived import SCORES
+    from megafab.score import Job, score
+
+    out = SCORES.directory(corpus.path, config.name)
+    if (out / "manifest.json").exists():
+        manifest = SCORES.read(out)
+        wanted = {"checkpoint": str(checkpoint), "seq_len": seq_len, "corpus": corpus.fingerprint}
+        other = {key: manifest[key] for key, value in wanted.items() if manifest[key] != value}
+        if other:
+            found = ", ".join(f"{key} {value}" for key, value in other.items())
+            fix = "give another name=, or remove it"
+            raise ConfigError(f"name={config.name}", f"scores there with {found}", "none, or the same", fix)
+        print(f"{out} is there already")
+        return 0
+    job = Job(run, checkpoint, corpus.path, out, seq_len, run.data.packing, config.micro_batch)
+    meter: Meter | None = None
+
+    def told(done: int, total: int) -> None:
+        nonlocal meter
+        meter = meter or Meter(f"scoring {corpus.path}", total, lambda count: f"{count:,.0f} tokens")
+        meter.reach(done)
+
+    with Pool(config.workers) as pool:
+        scores, losses = score(job, pool.map, told)
+    if meter:
+        meter.close()
+    for name, loss in losses.items():
+        print(f"{name}: {loss:.4f} nats a token")
+    print(f"wrote {scores.path}: use it as reference={config.name}")
+    return 0
