@@ -76,7 +76,7 @@ def _online_mixing(facts: Facts) -> Iterator[Violation]:
     if bool(mixing.reference) != excess:
         fix = f"give {key}.reference={{domain: loss, ...}} with {key}.reward=excess, or neither"
         found = "no reference losses" if excess else "reference losses that nothing reads"
-        yield Violation(f"{key}.reward={_name(mixing.reward)}", found, "both of the two", fix)
+        yield Violation(f"{key}.reward={_name(mixing.reward)}", found, "both, or neither", fix)
     if excess and facts.data:
         missing = [name for name in _mixed(facts) if name not in mixing.reference]
         if missing and mixing.reference:

@@ -19,7 +19,15 @@ from megafab.data.config import DataConfig
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
 from megafab.optim.config import MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
-from megafab.techniques.config import EMAConfig
+from megafab.techniques.config import (
+    DynamicLoadingConfig,
+    EMAConfig,
+    OnlineMixingConfig,
+    ReplayConfig,
+    Reward,
+    SampleReweightingConfig,
+    TokenSelectionConfig,
+)
 from megafab.topology.config import ContextMethod
 
 # A valid run: 8 layers, 8 heads with 4 key-value heads, on one rank.
@@ -381,6 +389,149 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("mixture-block", {"data.block": 3}, 1),
         "data.block=3: found train.global_batch=8, expected whole blocks in every step. "
         "Fix: data.block=1, or train.global_batch=9",
+    ),
+    (
+        *("technique-range", {"techniques.online_mixing": OnlineMixingConfig(every=0)}, 1),
+        "techniques.online_mixing.every=0: found 0, expected more than 0. Fix: give "
+        "techniques.online_mixing.every a value more than 0",
+    ),
+    (
+        *(
+            "one-mixing-policy",
+            {
+                "techniques.online_mixing": OnlineMixingConfig(),
+                "techniques.dynamic_loading": DynamicLoadingConfig(reference={"books": 1.0, "code": 1.0}),
+                "eval.every": 10,
+            },
+            1,
+        ),
+        "technique=[online_mixing,dynamic_loading]: found two that decide the mixture, expected one "
+        "technique that decides the mixture. Fix: take one of the two out",
+    ),
+    (
+        *("online-mixing", {"techniques.online_mixing": OnlineMixingConfig(reward=Reward.excess)}, 1),
+        "techniques.online_mixing.reward=excess: found no reference losses, expected both, or "
+        "neither. Fix: give techniques.online_mixing.reference={domain: loss, ...} with "
+        "techniques.online_mixing.reward=excess, or neither",
+    ),
+    (
+        *("online-mixing", {"techniques.online_mixing": OnlineMixingConfig(reference={"books": 1.0})}, 1),
+        "techniques.online_mixing.reward=null: found reference losses that nothing reads, expected "
+        "both, or neither. Fix: give techniques.online_mixing.reference={domain: loss, ...} with "
+        "techniques.online_mixing.reward=excess, or neither",
+    ),
+    (
+        *(
+            "online-mixing",
+            {"techniques.online_mixing": OnlineMixingConfig(reward=Reward.excess, reference={"books": 1.0})},
+            1,
+        ),
+        "techniques.online_mixing.reference: found no loss for code, expected one a domain. Fix: add "
+        "code to it",
+    ),
+    (
+        *("online-mixing", {"techniques.online_mixing": OnlineMixingConfig(reward_scale=2.0)}, 1),
+        "techniques.online_mixing.reward_scale=2: found techniques.online_mixing.mode=released, "
+        "expected 1, since only the shares of rewards count there. Fix: leave "
+        "techniques.online_mixing.reward_scale out, or techniques.online_mixing.mode=paper",
+    ),
+    (
+        *(
+            "online-mixing",
+            {
+                "techniques.online_mixing": OnlineMixingConfig(
+                    reward=Reward.excess, reference={"books": 1.0, "code": 1.0, "cod": 2.0}
+                )
+            },
+            1,
+        ),
+        "techniques.online_mixing.reference: found cod, expected domains of data.path=corpus: books, "
+        "code. Fix: did you mean code?",
+    ),
+    (
+        *(
+            "dynamic-loading",
+            {"techniques.dynamic_loading": DynamicLoadingConfig(reference={"books": 1.0, "code": 1.0})},
+            1,
+        ),
+        "technique=[dynamic_loading]: found eval.every=0 eval.samples=64, expected evaluations, after"
+        " each of which the mixture is decided. Fix: eval.every=400 eval.samples=64",
+    ),
+    (
+        *(
+            "dynamic-loading",
+            {
+                "techniques.dynamic_loading": DynamicLoadingConfig(
+                    reference={"books": 1.0, "code": 1.0}, fit_sizes=[1.0]
+                ),
+                "eval.every": 10,
+            },
+            1,
+        ),
+        "techniques.dynamic_loading.fit_sizes: found no techniques.dynamic_loading.fit_losses, "
+        "expected both, or neither. Fix: three sizes, and three losses for each domain",
+    ),
+    (
+        *(
+            "dynamic-loading",
+            {
+                "techniques.dynamic_loading": DynamicLoadingConfig(
+                    reference={"books": 1.0, "code": 1.0},
+                    fit_sizes=[1.0, 2.0, 3.0],
+                    fit_losses={"code": [3.0, 2.0, 1.5]},
+                ),
+                "eval.every": 10,
+            },
+            1,
+        ),
+        "techniques.dynamic_loading.reference: found code in fit_losses too, expected one for each "
+        "domain. Fix: give each domain one of the two",
+    ),
+    (
+        *("replay", {"techniques.replay": ReplayConfig(domains=["book"])}, 1),
+        "techniques.replay.domains: found book, expected domains of data.path=corpus: books, code. "
+        "Fix: did you mean books?",
+    ),
+    (
+        *("replay", {"techniques.replay": ReplayConfig(domains=[])}, 1),
+        "techniques.replay.domains=[]: found no domain, expected the domains of the earlier training."
+        " Fix: techniques.replay.domains=[name]",
+    ),
+    (
+        *("replay", {"techniques.replay": ReplayConfig(domains=["books"]), "data.mixture": {"code": 1.0}}, 1),
+        "techniques.replay.domains=[books]: found no weight for any of them in data.mixture, expected"
+        " old domains and new ones, both with a weight. Fix: give both a weight in data.mixture; only"
+        " its proportions inside each group count",
+    ),
+    (
+        *("replay", {"techniques.replay": ReplayConfig(domains=["books", "code"])}, 1),
+        "techniques.replay.domains=[books, code]: found no weight for any other domain in "
+        "data.mixture, expected old domains and new ones, both with a weight. Fix: give both a weight"
+        " in data.mixture; only its proportions inside each group count",
+    ),
+    (
+        *("sample-reweighting", {"techniques.sample_reweighting": SampleReweightingConfig()}, 1),
+        "techniques.sample_reweighting.over=micro_batch: found train.micro_batch=1 on 1 data parallel"
+        " rank, expected at least 2 samples that are weighed together; one alone always counts as it "
+        "is. Fix: a larger train.micro_batch, or techniques.sample_reweighting.over=batch",
+    ),
+    (
+        *(
+            "sample-reweighting",
+            {
+                "techniques.sample_reweighting": SampleReweightingConfig(start_temperature=100.0),
+                "train.micro_batch": 2,
+            },
+            1,
+        ),
+        "techniques.sample_reweighting.temperature_steps=0: found "
+        "techniques.sample_reweighting.start_temperature=100.0, expected both, or neither. Fix: give "
+        "both to move the temperature, or neither",
+    ),
+    (
+        *("token-selection", {"techniques.token_selection": TokenSelectionConfig(reference="ref")}, 1),
+        "techniques.token_selection.reference=ref: found no such directory at corpus/scores/ref, "
+        "expected a finished megafab-scores. Fix: make it: megafab score",
     ),
     (
         *("mixture-domains", {"data.mixture": {"book": 1.0}}, 1),
