@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from data_pipeline.pool import Pool
 from megafab.config import load
 from megafab.config.score import ScoreConfig, check
@@ -34,7 +36,8 @@ def main(overrides: list[str]) -> int:
             raise ConfigError(f"name={config.name}", f"scores there with {found}", "none, or the same", fix)
         print(f"{out} is there already")
         return 0
-    job = Job(run, checkpoint, corpus.path, out, seq_len, run.data.packing, config.micro_batch)
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    job = Job(run, checkpoint, corpus.path, out, seq_len, config.micro_batch, threads)
     meter: Meter | None = None
 
     def told(done: int, total: int) -> None:

@@ -20,12 +20,18 @@ from megafab.model.shape import ModelShape
 from megafab.model.tags import tag_all
 from megafab.platform import platform
 from megafab.topology import groups as topology
+from megafab.topology.groups import Groups
 from megafab.topology.mesh import Mesh
 
 
-def load_model(config: RunConfig, step_directory: Path, tokenizer_vocab: int) -> GPT:
-    """The model of a run on this one process, in fp32, with the weights of a checkpoint."""
-    groups = topology.initialize(Mesh(1), seed=config.train.seed)
+def load_model(
+    config: RunConfig, step_directory: Path, tokenizer_vocab: int, groups: Groups | None = None
+) -> GPT:
+    """The model of a run on this one process, in fp32, with the weights of a checkpoint.
+
+    `groups` are those of one rank; None: they are made here.
+    """
+    groups = groups or topology.initialize(Mesh(1), seed=config.train.seed)
     plan = model_plan.plan(
         ModelShape.of(config.model, tokenizer_vocab),
         groups,

@@ -12,40 +12,31 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import current_process
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megafab.config.schema import RunConfig
-from megafab.data.config import Packing
 from megafab.data.format import Corpus
-from megafab.data.loader import WindowReader
 from megafab.data.scores import Scores, ScoresWriter
-from megafab.generate import load_model
-from megafab.loss.cross_entropy import vocab_parallel_nll
-from megafab.model.gpt import GPT
-from megafab.model.inputs import ModelInputs
 from megafab.platform import platform
-from megafab.topology import groups as topology
-from megafab.topology.groups import Groups
-from megafab.topology.mesh import Mesh
 
-_WINDOWS = 256  # of a task
+if TYPE_CHECKING:
+    from megafab.scorer import Scorer
+
+_WINDOWS = 64  # of a task
 _FINISHED = "finished.jsonl"  # a line that says of what, then one for each finished task
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is scored, with what. `out` is the directory of the scores."""
+    """What is scored, with what. `out` is the directory of the scores, `threads` are those of a process."""
 
     run: RunConfig
     checkpoint: Path
     corpus: Path
     out: Path
     seq_len: int
-    packing: Packing
     micro_batch: int
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,43 +110,23 @@ def score(
     return scores, losses
 
 
+_scorers: dict[Path, Scorer] = {}
+
+
 def run_task(task: Task) -> Done:
-    """Scores the windows of a task and has them on the disk; the model is loaded by the first."""
-    job, model, groups, reader, writer = _tools(task.job)
-    predictions, nll = 0, 0.0
-    for first in range(task.first, task.first + task.count, job.micro_batch):
-        window_B = np.arange(first, min(first + job.micro_batch, task.first + task.count))
-        rows = reader.read(np.full(len(window_B), task.domain), window_B, window_B)
-        inputs = ModelInputs.of(rows, groups, job.run.parallel.context_method)
-        with torch.no_grad():
-            logits_LBV = model(
-                inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
-            )
-            nll_BL = vocab_parallel_nll(logits_LBV, inputs.labels_BL.t(), groups.tensor).t()
-        asked_BL = inputs.loss_mask_BL != 0
-        predictions += int(asked_BL.sum())
-        nll += float(nll_BL[asked_BL].double().sum())
-        values_BL = torch.where(asked_BL, nll_BL, torch.nan).cpu().numpy()
-        writer.write(task.domain, first * job.seq_len, values_BL.reshape(-1))
-    writer.flush()
-    return Done(task.domain, task.first, predictions, nll)
-
-
-_Tools = tuple[Job, GPT, Groups, WindowReader, ScoresWriter]
-_made: dict[Path, _Tools] = {}
-
-
-def _tools(job: Job) -> _Tools:
-    """What a process scores with, made once."""
-    if job.out not in _made:
+    """Scores the windows of a task; the first one loads the model."""
+    job = task.job
+    if job.out not in _scorers:
         worker = current_process().name.rpartition("-")[2]  # of a pool: SpawnProcess-1, SpawnProcess-2, ...
-        platform.start(int(worker) - 1 if worker.isdigit() else 0)
+        platform.start(int(worker) - 1 if worker.isdigit() else 0, job.threads)
+        from megafab.scorer import Scorer  # once the platform has started, as all that needs core
+
         corpus = Corpus.open(job.corpus)
-        model = load_model(job.run, job.checkpoint, corpus.vocab_size)
-        reader = WindowReader(corpus, "train", job.seq_len, job.packing)
-        groups = topology.initialize(Mesh(1), seed=job.run.train.seed)
-        _made[job.out] = job, model, groups, reader, ScoresWriter(job.out, corpus)
-    return _made[job.out]
+        _scorers[job.out] = Scorer(
+            job.run, job.checkpoint, corpus, job.out, seq_len=job.seq_len, micro_batch=job.micro_batch
+        )
+    predictions, nll = _scorers[job.out].run(task.domain, task.first, task.count)
+    return Done(task.domain, task.first, predictions, nll)
 
 
 def _tasks(job: Job, corpus: Corpus) -> Iterator[Task]:
@@ -167,7 +138,7 @@ def _tasks(job: Job, corpus: Corpus) -> Iterator[Task]:
 
 def _facts(job: Job) -> dict[str, Any]:
     """What the scores were made with."""
-    return {"checkpoint": str(job.checkpoint), "seq_len": job.seq_len, "packing": job.packing.value}
+    return {"checkpoint": str(job.checkpoint), "seq_len": job.seq_len, "packing": job.run.data.packing.value}
 
 
 def _finished(log: Path, header: str) -> list[Done] | None:

@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "online_mixing": OnlineMixingConfig(warmup_steps=1),
     "dynamic_loading": DynamicLoadingConfig(reference={"books": 3.0, "code": 4.0}),
     "replay": ReplayConfig(domains=["books"], share=0.3, seed=5),
-    "sample_reweighting": SampleReweightingConfig(temperature=1.0, warmup_steps=1, over=Population.batch),
+    "sample_reweighting": SampleReweightingConfig(temperature=4.0, warmup_steps=1, over=Population.batch),
     "token_selection": TokenSelectionConfig(reference="reference", keep=0.5, warmup_steps=1),
 }
 NAMES = sorted(catalogue.CLASSES)

@@ -15,6 +15,7 @@ import yaml
 from launch import cli
 from launch.cli import VERBS, main
 from megafab.config.load import from_yaml, load
+from megafab.techniques import catalogue
 
 ROOT = Path(__file__).parents[2]
 WITH_CONFIG = [name for name, verb in VERBS.items() if verb.schema]
@@ -47,7 +48,8 @@ def test_help_of_train_lists_presets_and_keys(capsys: pytest.CaptureFixture[str]
     main(["train", "--help"])
     out = capsys.readouterr().out
     assert "  schedule=constant|cosine|linear|wsd\n" in out
-    assert "  technique=ema|z_loss (several: [a,b])\n" in out
+    names = "|".join(sorted(catalogue.CLASSES))
+    assert f"  technique={names} (several: [a,b])\n" in out
     assert re.search(
         r"^  optim\.clip=1\.0 +float  global gradient norm; 0 turns clipping off$", out, re.MULTILINE
     )
