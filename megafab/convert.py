@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from megafab.checkpoint import hf, safetensors, tools, writer
+from megafab.checkpoint import hf, provenance, safetensors, tools, writer
 from megafab.checkpoint.reader import Reader, TensorInfo
-from megafab.checkpoint.state import _versions
 from megafab.checkpoint.store import WEIGHT
 from megafab.config.ckpt import ConvertConfig, ExportType
 from megafab.config.load import load
@@ -399,7 +398,7 @@ def _their_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig) -> dict[str, Any]:
     """The state of a checkpoint that no run has written yet."""
-    now = writer.now()
+    now = provenance.now()
     entry = {"from": str(source.resolve()), "step": 0, "written_at": now}
     return {
         "weights_only": True,
@@ -410,7 +409,7 @@ def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig
         "data": {},
         "config": {"model": to_tree(model)},
         "topology": {},
-        "versions": _versions(),
+        "versions": provenance.versions(),
         "written_at": now,
         "lineage": [{**entry, "operation": f"import of {architecture.name}"}],
     }

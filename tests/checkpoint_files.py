@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megafab.checkpoint import store, writer
+from megafab.checkpoint.files import FileReader
 from megafab.checkpoint.pieces import whole
 from megafab.checkpoint.reader import TensorInfo
 from megafab.config.tree import to_tree
@@ -72,7 +73,7 @@ def write_checkpoint(
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, through `store.load`, which training uses."""
-    metadata = store._Reader(path / store.TENSORS).read_metadata().state_dict_metadata
+    metadata = FileReader(path / store.TENSORS).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     store.load(path, {n: whole(t, Layout.whole(tuple(t.shape)), owner=True) for n, t in found.items()})
     return found

@@ -17,6 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megafab.checkpoint import store
+from megafab.checkpoint.dcp import PieceLoadPlanner
+from megafab.checkpoint.files import FileReader
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
 
@@ -65,13 +67,13 @@ class Reader:
             name, problem = next(iter(problems.items()))
             raise _damaged(path, f"{name}: {problem}")
         self.path = path
-        self._files = store._Reader(path / store.TENSORS)
+        self._files = FileReader(path / store.TENSORS)
         try:
             self._metadata: Metadata = self._files.read_metadata()
         except Exception as error:  # whatever a damaged pickle makes of itself
             raise _damaged(path, f"an index that cannot be read ({error})") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._planner = store._LoadPlanner(path)
+        self._planner = PieceLoadPlanner(path)
 
     @cached_property
     def state(self) -> Mapping[str, Any]:

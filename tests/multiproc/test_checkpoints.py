@@ -283,7 +283,7 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_taken(ranks, tmp_
     file.write_bytes(content)
     back = ranks.run(resume_telling, str(tmp_path), world=2)
     assert [step for step, _ in back] == [10, 10]
-    assert ["step_00000020: tensors/__1_0.distcp: SHA-256" in text for _, text in back] == [True, True]
+    assert ["step_00000020: tensors/__1_0.distcp: XXH3" in text for _, text in back] == [True, True]
     # Asked for by name, it is refused instead.
     with pytest.raises(UserError, match="only damaged checkpoints.*__1_0.distcp"):
         ranks.run(resume, str(tmp_path), str(path), world=2)

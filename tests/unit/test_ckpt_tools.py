@@ -109,7 +109,7 @@ def test_verify_names_the_file_with_a_flipped_bit(copy: Path, capsys, name: str,
     flip(copy / name, int(at * (copy / name).stat().st_size))
     lines = shown(capsys, "verify", copy, code=1)
     assert lines[0] == f"{copy}: damaged"
-    assert lines[1].startswith(f"  {name}: SHA-256 ")
+    assert lines[1].startswith(f"  {name}: XXH3 ")
     assert len(lines) == 2
 
 
@@ -378,7 +378,7 @@ def test_nothing_is_made_of_a_damaged_checkpoint(copy: Path, tmp_path: Path, cap
     flip(copy / "tensors" / "__0_0.distcp", 5000)
     paths = [copy, copy] if verb == "average" else [copy]
     err = refused(capsys, verb, *paths, f"to={tmp_path / 'to'}")
-    assert "tensors/__0_0.distcp: SHA-256 " in err
+    assert "tensors/__0_0.distcp: XXH3 " in err
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
