@@ -185,7 +185,7 @@ class Checkpoints:
         started from a path and has saved since goes on from there, so that the same command continues it.
 
         Other data, another model and another optimizer are refused; other settings that changed are told and
-        take effect. A checkpoint of weights alone begins a new run.
+        take effect. A checkpoint of weights alone begins a new run, which must have the same tokenizer.
 
         Raises:
             UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
@@ -334,7 +334,17 @@ class Checkpoints:
 
     def _begin_from_weights(self, path: Path, state: Mapping[str, Any]) -> None:
         """A new run with the weights of a checkpoint that has nothing else to go on with."""
+        changed = identity.tokenizer_differences(state["data"], self._data)
+        if changed and not self._config.allow_data_change:
+            raise self._refused(
+                path,
+                f"another tokenizer than that of the weights: {'; '.join(changed)}",
+                "theirs: each row of the embedding belongs to one of its ids",
+                "name a corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true",
+            )
         self._message(f"starting from the weights of {path}")
+        if changed:
+            self._message(f"the data changed: {'; '.join(changed)}")
         tensors = self._engine.sharded_state()
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith(store.WEIGHT)}
         store.load(path, weights, group=self._group)
