@@ -23,8 +23,17 @@ from megafab.topology import groups as topology
 from megafab.topology.mesh import Mesh
 
 
-def load_model(config: RunConfig, step_directory: Path, tokenizer_vocab: int) -> GPT:
-    """The model of a run on this one process, in fp32, with the weights of a checkpoint."""
+def load_model(
+    config: RunConfig, step_directory: Path, tokenizer_vocab: int, *, prefix: str = store.WEIGHT
+) -> GPT:
+    """The model of a run on this one process, in fp32, with the weights of a checkpoint.
+
+    Args:
+        config: of the run.
+        step_directory: the checkpoint.
+        tokenizer_vocab: ids of the tokenizer.
+        prefix: what stands before the global names of the weights to load.
+    """
     groups = topology.initialize(Mesh(1), seed=config.train.seed)
     plan = model_plan.plan(
         ModelShape.of(config.model, tokenizer_vocab),
@@ -36,7 +45,7 @@ def load_model(config: RunConfig, step_directory: Path, tokenizer_vocab: int) ->
     )
     (model,) = model_plan.build(plan, groups, config.train.seed)
     tensors = {
-        f"weight/{t.name}": whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
+        prefix + t.name: whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
     }
     store.load(step_directory, tensors)
     return model.eval()

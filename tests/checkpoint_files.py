@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,18 @@ def state_of(model: ModelConfig, step: int, **more: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    run_dir: Path, model: ModelConfig, *, seed: int = 0, step: int = 7, moments: bool = True, **more: Any
+    run_dir: Path,
+    model: ModelConfig,
+    *,
+    seed: int = 0,
+    step: int = 7,
+    kinds: Sequence[str] = ("weight", "adam_m", "adam_v"),
+    **more: Any,
 ) -> Path:
-    """A checkpoint of random weights (and moments) in `run_dir/checkpoints`."""
-    names = ("weight", "adam_m", "adam_v") if moments else ("weight",)
+    """A checkpoint in `run_dir/checkpoints`: of each kind, random tensors like the weights."""
     sizes = {
         f"{kind}/{name}": size
-        for kind in names
+        for kind in kinds
         for name, size in parameter_shapes(ModelShape.of(model)).items()
     }
     tensors = {name: TensorInfo(size, torch.float32, 1) for name, size in sizes.items()}

@@ -77,8 +77,15 @@ class Reader:
 
     @cached_property
     def state(self) -> Mapping[str, Any]:
-        """The JSON beside the tensors."""
-        return store.read_state(self.path)
+        """The JSON beside the tensors.
+
+        Raises:
+            UserError: it is damaged, as far as it cannot be read.
+        """
+        try:
+            return store.read_state(self.path)
+        except ValueError as error:
+            raise _damaged(self.path, f"a {store.STATE} that cannot be read ({error})") from None
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -92,14 +99,14 @@ class Reader:
             for name in sorted(entries, key=natural)
         }
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, TensorInfo]:
         """The master weights by global name."""
-        found = {
-            n.removeprefix(store.WEIGHT): info
-            for n, info in self.tensors.items()
-            if n.startswith(store.WEIGHT)
-        }
+        return self.named(store.WEIGHT)
+
+    def named(self, prefix: str) -> dict[str, TensorInfo]:
+        """The tensors whose names begin so, by what follows: from the embedding to the output."""
+        found = {n.removeprefix(prefix): info for n, info in self.tensors.items() if n.startswith(prefix)}
         return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
     @property

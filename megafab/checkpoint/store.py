@@ -220,7 +220,7 @@ def first_intact(
             str(paths[0].parent),
             f"only damaged checkpoints ({' | '.join(damaged)})",
             "one intact checkpoint",
-            "restore the files, or set checkpoint.resume=none to start afresh in another run.dir",
+            "restore the files; checkpoint.resume=none starts afresh in another run.dir",
         )
     return None, damaged
 
