@@ -38,19 +38,17 @@ from megafab.checkpoint.pieces import LogicalTensor
 from megafab.checkpoint.team import Team, portable
 from megafab.errors import UserError
 
+# Planners are given the tensors; torch, which would ask each whether it is more than that, gets none of them.
+_NONE: dict[str, Any] = {}
+
 
 def write(
-    directory: Path,
-    tensors: Mapping[str, Any],
-    planner: SavePlanner,
-    team: Team | None,
-    deal: Deal | None = None,
+    directory: Path, planner: SavePlanner, team: Team | None, deal: Deal | None = None
 ) -> dict[str, Entry]:
-    """Write what `planner` plans of `tensors` into `directory`. A collective.
+    """Write the tensors of `planner` into `directory`. A collective.
 
     Args:
         directory: is there.
-        tensors: by global name, as the planner knows them.
         planner: `PieceSavePlanner` for what ranks hold.
         team: None: this process alone.
         deal: see `FileWriter`.
@@ -60,7 +58,7 @@ def write(
     writer = FileWriter(directory, deal)
     with _errors(directory, alone := team is None or team.alone):
         state_dict_saver.save(
-            dict(tensors),
+            _NONE,
             storage_writer=writer,
             planner=planner,
             process_group=team.group if team else None,
@@ -73,9 +71,9 @@ def read(directory: Path, tensors: Mapping[str, LogicalTensor], team: Team) -> N
     """Fill the pieces of `tensors` from the files in `directory`. A collective."""
     with _errors(directory.parent, team.alone):
         state_dict_loader.load(
-            dict(tensors),
+            _NONE,
             storage_reader=FileReader(directory),
-            planner=PieceLoadPlanner(directory.parent),
+            planner=PieceLoadPlanner(directory.parent, tensors),
             process_group=team.group,
             no_dist=team.alone,
         )
@@ -115,16 +113,15 @@ class PieceLoadPlanner(LoadPlanner):
 
     Args:
         path: of the checkpoint, for messages.
+        tensors: to fill, by name.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, tensors: Mapping[str, LogicalTensor]) -> None:
+        self._path, self._tensors, self._pieces = path, tensors, _by_offset(tensors)
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        """Take the logical tensors to fill, by name, and the index of those that are saved."""
+        """Take the index of what is saved."""
         assert metadata is not None
-        self._tensors: dict[str, LogicalTensor] = state_dict
-        self._pieces = _by_offset(state_dict)
         self._saved: dict[str, Any] = metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:

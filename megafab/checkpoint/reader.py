@@ -73,7 +73,6 @@ class Reader:
         except Exception as error:  # whatever a damaged pickle makes of itself
             raise _damaged(path, f"an index that cannot be read ({error})") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._planner = PieceLoadPlanner(path)
 
     @cached_property
     def state(self) -> Mapping[str, Any]:
@@ -126,9 +125,10 @@ class Reader:
             shape, offset = (band[1], *shape[1:]), (band[0], *offset[1:])
         out = torch.empty(shape, dtype=info.dtype)
         asked = LogicalTensor(info.shape, info.dtype, (Piece(offset, out),), owner=False)
-        self._planner.set_up_planner({name: asked}, self._metadata)
+        planner = PieceLoadPlanner(self.path, {name: asked})
+        planner.set_up_planner({}, self._metadata)
         try:
-            self._files.read_data(self._planner.create_local_plan(), self._planner).wait()
+            self._files.read_data(planner.create_local_plan(), planner).wait()
         except (OSError, RuntimeError) as error:  # the archive's own tell what they could not make out
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise _damaged(self.path, f"a tensor {name} that cannot be read ({reason})") from None

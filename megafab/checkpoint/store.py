@@ -77,7 +77,7 @@ def save(
     team = Team(group)
     draft = team.one(lambda: begin(directory, step))
     try:
-        written = dcp.write(draft / TENSORS, tensors, dcp.PieceSavePlanner(tensors), team)
+        written = dcp.write(draft / TENSORS, dcp.PieceSavePlanner(tensors), team)
         files = {name: made for part in team.each(lambda: written) for name, made in part.items()}
         return team.one(
             lambda: commit(draft, step, files, state, keep=keep, ranks=team.size, keep_every=keep_every)

@@ -73,7 +73,7 @@ def write(
     """
     draft = store.begin(run_dir / "checkpoints", step)
     planner = _BandSavePlanner(tensors, source)
-    files = dcp.write(draft / store.TENSORS, tensors, planner, None, deal or by_size(FILE_BYTES))
+    files = dcp.write(draft / store.TENSORS, planner, None, deal or by_size(FILE_BYTES))
     return store.commit(draft, step, files, state, keep=1, ranks=1)
 
 
