@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import pytest
 import torch
 from ranks import RankDied
 
-from megafab.checkpoint import store
+from megafab.checkpoint import files, store
 from megafab.checkpoint.pieces import LogicalTensor, flat_slice, whole
 from megafab.errors import UserError
 from megafab.topology.layout import Layout
@@ -423,6 +424,32 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_loses_nothing(ranks,
     assert results[0][1] == ["latest", "step_00000001"]
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
     assert store.verify(tmp_path / "step_00000001") == {}
+
+
+def save_while_the_disk_writes(rank, world, directory, fails):
+    """Every write tells the disk to begin, and one of these calls has bad news."""
+    files._AHEAD = 1
+    send, calls = os.fdatasync, 0
+
+    def fdatasync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        send(descriptor)
+
+    os.fdatasync = fdatasync
+    save(rank, world, directory, 1, 1)
+    return calls
+
+
+def test_what_goes_wrong_while_a_file_is_written_is_told(ranks, tmp_path):
+    (calls,) = ranks.run(save_while_the_disk_writes, str(tmp_path / "a"), False)
+    assert calls > 3
+    assert store.verify(tmp_path / "a" / "step_00000001") == {}
+    with pytest.raises(UserError, match=r"found Input/output error \(rank 0\)"):
+        ranks.run(save_while_the_disk_writes, str(tmp_path / "b"), True)
+    assert names(tmp_path / "b") == []
 
 
 def save_until_full(rank, world, directory):
