@@ -7,14 +7,16 @@
   diff    A B             compare configurations and tensors; exits with 1 where they differ
   average A B ... to=DIR  mean of the weights; weights=[1,3]: not all alike
   convert PATH to=DIR     to a directory for transformers: Llama, Qwen3, Mixtral, GPT-2 or GPT-NeoX;
-                          dtype=fp32|bf16|fp16, max_bytes=N a file, max_kl=X: largest divergence of the two
-                          models' predictions, judge=false: do not compare them, data=CORPUS
+                          dtype=fp32|bf16|fp16, max_bytes=N a file, weights=ema: the average that the
+                          technique keeps, max_kl=X: largest divergence of the two models' predictions,
+                          judge=false: do not compare them, data=CORPUS
   convert HF_DIR to=DIR format=megafab
                           and from one, to begin a run with; max_kl, judge and data as above
 
 PATH is a directory step_XXXXXXXX, or a run directory, which stands for its newest checkpoint (verify: for
-all). DIR is made. As a run directory, it can be resumed, generated from and exported. No verb holds more than
-a few tensors in memory, but for the judge of a conversion, which holds one model.
+all). DIR is made. As a run directory, it can be resumed, generated from and exported. Nothing is made of a
+damaged checkpoint: all its files are hashed first. No verb holds more than a few tensors in memory, but for
+the judge of a conversion, which holds one model.
 """
 
 from __future__ import annotations
@@ -108,10 +110,13 @@ def _convert(settings: config.ConvertConfig, path: Path) -> int:
 
 
 def _newest(path: Path) -> Path:
-    """The newest whole checkpoint of a run directory; a step directory as it is."""
+    """The newest whole checkpoint of a run directory; a step directory as it is, for the verb to check."""
     from megafab.checkpoint import store
 
-    found, damaged = store.first_intact(store.locate(path, key="PATH"), store.quick_check)
+    paths = store.locate(path, key="PATH")
+    if paths == [path]:
+        return path
+    found, damaged = store.first_intact(paths, store.quick_check)
     assert found is not None  # locate() has refused a place without any
     for problem in damaged:
         print(f"passing over a damaged checkpoint: {problem}", file=sys.stderr)

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from megafab.checkpoint import hf, safetensors, tools, writer
+from megafab.checkpoint import hf, provenance, safetensors, tools, writer
 from megafab.checkpoint.reader import Reader, TensorInfo
-from megafab.checkpoint.state import _versions
-from megafab.checkpoint.store import WEIGHT
-from megafab.config.ckpt import ConvertConfig, ExportType
+from megafab.checkpoint.store import TECHNIQUES, WEIGHT
+from megafab.config.ckpt import ConvertConfig, ExportType, Weights
 from megafab.config.load import load
 from megafab.config.schema import RunConfig
 from megafab.config.tree import build, to_tree
@@ -34,6 +33,7 @@ from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
 from megafab.platform import platform
 from megafab.run import Progress
+from megafab.techniques.ema import EMA
 from megafab.telemetry.meter import Meter, size
 from megafab.topology.groups import shutdown
 
@@ -57,16 +57,17 @@ def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
     """
     reader = tools.open_intact(path)
     config = build(RunConfig, dict(reader.state["config"]))
-    shape = ModelShape.of(config.model, reader.weights["embedding.word_embeddings.weight"].shape[0])
+    weights = _chosen(reader, settings.weights)
+    shape = ModelShape.of(config.model, weights.infos["embedding.word_embeddings.weight"].shape[0])
     architecture = hf.expressing(shape)
     pairs = list(architecture.pairs(shape))
-    _require_all(reader, pairs, architecture.name)
-    _require_memory(settings, reader)
+    _require_all(weights, pairs, architecture.name)
+    _require_memory(settings, weights)
     corpus = _corpus(settings, reader.state, say)
     kind, to = settings.dtype or ExportType.fp32, Path(settings.to)
     dtype = _DTYPES[kind]
     with writer.fresh_directory(to) as draft:
-        _write_tensors(draft, reader, pairs, dtype, settings.max_bytes or _FILE_BYTES)
+        _write_tensors(draft, weights, pairs, dtype, settings.max_bytes or _FILE_BYTES)
         eod = corpus.eod if corpus else None
         own = {
             "architectures": [architecture.name],
@@ -81,9 +82,9 @@ def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
             texts = _texts(corpus)
             done = hf_tokenizer.export(corpus.tokenizer_dir, draft, seq_len=config.model.seq_len, texts=texts)
             say(f"tokenizer: {done}")
-        _require_equal(safetensors.Files(draft), reader, pairs, dtype)
-        say(f"read back: {len(pairs)} tensors of {kind.value} equal the masters, bit for bit")
-        _judge(config, path, draft, shape, corpus, settings, say)
+        _require_equal(safetensors.Files(draft), weights, pairs, dtype)
+        say(f"read back: {len(pairs)} tensors of {kind.value} equal the {weights.what}, bit for bit")
+        _judge(config, weights, draft, shape, corpus, settings, say)
     say(f"{to}: {architecture.name}, {size(sum(f.stat().st_size for f in to.iterdir()))}")
 
 
@@ -110,32 +111,66 @@ def from_hf(source: Path, settings: ConvertConfig, say: Say) -> None:
     corpus = Corpus.open(settings.data) if settings.data else None
     with writer.fresh_directory(to) as draft:
         made = writer.write(draft, 0, files.tensors, files.band, _first_state(source, architecture, model))
-        reader = Reader(made)
-        _require_memory(settings, reader)
-        _require_equal(files.files, reader, pairs, None)
+        weights = _Weights(Reader(made), WEIGHT, "masters")
+        _require_memory(settings, weights)
+        _require_equal(files.files, weights, pairs, None)
         say(f"read back: {len(pairs)} tensors equal the files, bit for bit")
-        _judge(config, made, source, shape, corpus, settings, say)
+        _judge(config, weights, source, shape, corpus, settings, say)
     checkpoint = to / made.relative_to(draft)
     say(f"{checkpoint}: {shape.parameters:,} parameters. To begin a run with it:")
     say(f"megafab train checkpoint.resume={checkpoint} {' '.join(_overrides(model))} data.path=DIR")
 
 
-def _require_all(reader: Reader, pairs: Sequence[hf.Pair], name: str) -> None:
-    odd = sorted(reader.weights.keys() ^ {pair.ours for pair in pairs})
+class _Weights:
+    """One set of weights in a checkpoint.
+
+    Args:
+        reader: of the checkpoint.
+        prefix: what stands before their global names.
+        what: they are, for people.
+    """
+
+    def __init__(self, reader: Reader, prefix: str, what: str) -> None:
+        self.path, self.prefix, self.what = reader.path, prefix, what
+        self.infos = reader.named(prefix)
+        self._reader = reader
+
+    def read(self, name: str) -> torch.Tensor:
+        """One of them by its global name, on the host."""
+        return self._reader.read(self.prefix + name)
+
+
+def _chosen(reader: Reader, kind: Weights) -> _Weights:
+    if kind is Weights.trained:
+        return _Weights(reader, WEIGHT, "masters")
+    average = _Weights(reader, f"{TECHNIQUES}{EMA.name}/", "average")
+    updates = reader.state["techniques"].get(EMA.name, {}).get("updates", 0)
+    if not average.infos or not updates:
+        raise UserError(
+            f"weights=ema, {reader.path}",
+            "no average of the weights",
+            "one, as a run with technique=[ema] keeps it",
+            "leave weights out, or name a checkpoint of such a run",
+        )
+    return average
+
+
+def _require_all(weights: _Weights, pairs: Sequence[hf.Pair], name: str) -> None:
+    odd = sorted(weights.infos.keys() ^ {pair.ours for pair in pairs})
     if odd:
-        kind = "a weight" if odd[0] in reader.weights else "no weight"
+        kind = "a weight" if odd[0] in weights.infos else "no weight"
         expected = f"the weights that {name} has"
         fix = (
             "export a checkpoint of the model as its configuration says, without techniques that add weights"
         )
-        raise UserError(str(reader.path), f"{kind} {odd[0]}", expected, fix)
+        raise UserError(str(weights.path), f"{kind} {odd[0]}", expected, fix)
 
 
-def _require_memory(settings: ConvertConfig, reader: Reader) -> None:
+def _require_memory(settings: ConvertConfig, weights: _Weights) -> None:
     """One model in fp32 at a time, and its logits."""
     if not settings.judge:
         return
-    needed = sum(info.nbytes for info in reader.weights.values())
+    needed = sum(info.nbytes for info in weights.infos.values())
     free = _available_memory()
     if free is not None and needed > 0.9 * free:
         raise UserError(
@@ -188,18 +223,18 @@ def _texts(corpus: Corpus) -> list[str]:
 
 
 def _write_tensors(
-    draft: Path, reader: Reader, pairs: Sequence[hf.Pair], dtype: torch.dtype, max_bytes: int
+    draft: Path, weights: _Weights, pairs: Sequence[hf.Pair], dtype: torch.dtype, max_bytes: int
 ) -> None:
     entries: dict[str, safetensors.Entry] = {}
     for pair in pairs:
-        like = torch.empty(reader.weights[pair.ours].shape, device="meta")
+        like = torch.empty(weights.infos[pair.ours].shape, device="meta")
         for name, part in zip(pair.theirs, pair.split(like), strict=True):
             entries[name] = safetensors.Entry(tuple(part.shape), dtype)
     meter = Meter("export", sum(entry.nbytes for entry in entries.values()))
 
     def values() -> Iterator[tuple[str, torch.Tensor]]:
         for pair in pairs:
-            parts = pair.split(reader.read(WEIGHT + pair.ours))
+            parts = pair.split(weights.read(pair.ours))
             for name, part in zip(pair.theirs, parts, strict=True):
                 yield name, part.to(dtype)
                 meter.add(entries[name].nbytes)
@@ -278,12 +313,12 @@ _HEADS = {"lm_head.weight", "embed_out.weight"}
 
 
 def _require_equal(
-    files: safetensors.Files, reader: Reader, pairs: Sequence[hf.Pair], dtype: torch.dtype | None
+    files: safetensors.Files, weights: _Weights, pairs: Sequence[hf.Pair], dtype: torch.dtype | None
 ) -> None:
     """What is in the files, joined, is what is in the checkpoint, in `dtype` (None: that of the files)."""
     for pair in pairs:
         theirs = pair.join([files.read(name) for name in pair.theirs])
-        ours = reader.read(WEIGHT + pair.ours)
+        ours = weights.read(pair.ours)
         ours, theirs = (ours.to(dtype), theirs) if dtype else (ours, theirs.float())
         if not torch.equal(_bits(ours), _bits(theirs)):
             raise UserError(
@@ -323,7 +358,7 @@ def compare(ours: torch.Tensor, theirs: torch.Tensor) -> Agreement:
 
 def _judge(
     config: RunConfig,
-    checkpoint: Path,
+    weights: _Weights,
     directory: Path,
     shape: ModelShape,
     corpus: Corpus | None,
@@ -338,7 +373,7 @@ def _judge(
         say("transformers is not installed: the logits were not compared (pip install 'megafab[eval]')")
         return
     tokens, what = _tokens(corpus, shape)
-    ours = _our_logits(config, checkpoint, tokens, shape.vocab)
+    ours = _our_logits(config, weights, tokens, shape.vocab)
     theirs = _their_logits(directory, tokens)
     found = compare(ours, theirs)
     usual = _MAX_KL[settings.dtype or ExportType.fp32]
@@ -369,11 +404,11 @@ def _tokens(corpus: Corpus | None, shape: ModelShape) -> tuple[torch.Tensor, str
 
 
 @torch.no_grad()
-def _our_logits(config: RunConfig, checkpoint: Path, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
+def _our_logits(config: RunConfig, weights: _Weights, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
     platform.start(0)
     from megafab.generate import load_model  # Megatron-core must find the platform prepared
 
-    model = load_model(config, checkpoint, vocab)
+    model = load_model(config, weights.path, vocab, prefix=weights.prefix)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     logits = model(tokens.to(platform.device), positions.to(platform.device), None).float().cpu()
     shutdown()
@@ -399,7 +434,7 @@ def _their_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig) -> dict[str, Any]:
     """The state of a checkpoint that no run has written yet."""
-    now = writer.now()
+    now = provenance.now()
     entry = {"from": str(source.resolve()), "step": 0, "written_at": now}
     return {
         "weights_only": True,
@@ -410,7 +445,7 @@ def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig
         "data": {},
         "config": {"model": to_tree(model)},
         "topology": {},
-        "versions": _versions(),
+        "versions": provenance.versions(),
         "written_at": now,
         "lineage": [{**entry, "operation": f"import of {architecture.name}"}],
     }

@@ -25,11 +25,21 @@ from megafab.topology.mesh import Mesh
 
 
 def load_model(
-    config: RunConfig, step_directory: Path, tokenizer_vocab: int, groups: Groups | None = None
+    config: RunConfig,
+    step_directory: Path,
+    tokenizer_vocab: int,
+    *,
+    prefix: str = store.WEIGHT,
+    groups: Groups | None = None,
 ) -> GPT:
     """The model of a run on this one process, in fp32, with the weights of a checkpoint.
 
-    `groups` are those of one rank; None: they are made here.
+    Args:
+        config: of the run.
+        step_directory: the checkpoint.
+        tokenizer_vocab: ids of the tokenizer.
+        prefix: what stands before the global names of the weights to load.
+        groups: those of one rank; None: they are made here.
     """
     groups = groups or topology.initialize(Mesh(1), seed=config.train.seed)
     plan = model_plan.plan(
@@ -42,7 +52,7 @@ def load_model(
     )
     (model,) = model_plan.build(plan, groups, config.train.seed)
     tensors = {
-        f"weight/{t.name}": whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
+        prefix + t.name: whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
     }
     store.load(step_directory, tensors)
     return model.eval()

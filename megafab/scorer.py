@@ -39,7 +39,7 @@ class Scorer:
         self._method = run.parallel.context_method
         self._seq_len, self._micro_batch = seq_len, micro_batch
         self._groups = topology.initialize(Mesh(1), seed=run.train.seed)
-        self._model = load_model(run, checkpoint, corpus.vocab_size, self._groups)
+        self._model = load_model(run, checkpoint, corpus.vocab_size, groups=self._groups)
         self._reader = WindowReader(corpus, "train", seq_len, run.data.packing)
         self._writer = ScoresWriter(out, corpus)
 

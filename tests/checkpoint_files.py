@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megafab.checkpoint import store, writer
+from megafab.checkpoint.files import FileReader
 from megafab.checkpoint.pieces import whole
 from megafab.checkpoint.reader import TensorInfo
 from megafab.config.tree import to_tree
@@ -57,13 +58,18 @@ def state_of(model: ModelConfig, step: int, **more: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    run_dir: Path, model: ModelConfig, *, seed: int = 0, step: int = 7, moments: bool = True, **more: Any
+    run_dir: Path,
+    model: ModelConfig,
+    *,
+    seed: int = 0,
+    step: int = 7,
+    kinds: Sequence[str] = ("weight", "adam_m", "adam_v"),
+    **more: Any,
 ) -> Path:
-    """A checkpoint of random weights (and moments) in `run_dir/checkpoints`."""
-    names = ("weight", "adam_m", "adam_v") if moments else ("weight",)
+    """A checkpoint in `run_dir/checkpoints`: of each kind, random tensors like the weights."""
     sizes = {
         f"{kind}/{name}": size
-        for kind in names
+        for kind in kinds
         for name, size in parameter_shapes(ModelShape.of(model)).items()
     }
     tensors = {name: TensorInfo(size, torch.float32, 1) for name, size in sizes.items()}
@@ -72,7 +78,7 @@ def write_checkpoint(
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, through `store.load`, which training uses."""
-    metadata = store._Reader(path / store.TENSORS).read_metadata().state_dict_metadata
+    metadata = FileReader(path / store.TENSORS).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     store.load(path, {n: whole(t, Layout.whole(tuple(t.shape)), owner=True) for n, t in found.items()})
     return found

@@ -17,5 +17,7 @@ class CheckpointConfig:
     keep_every: int = 0  # checkpoints of steps that are multiples of it are kept for ever; 0: none
     asynchronous: bool = True  # train on while a copy in host memory is written; the last save waits
     resume: str = "auto"
-    allow_data_change: bool = False  # resume although data, mixture, packing, seed or length differ
+    allow_data_change: bool = (
+        False  # resume although tokenizer, data, mixture, packing, seed or length differ
+    )
     save_last: bool = True  # save when training ends

@@ -54,6 +54,14 @@ def differences(then: Identity, now: Identity) -> list[str]:
     return [*_of_tokenizer(then, now), *_of_domains(then["domains"], now["domains"]), *_of_order(then, now)]
 
 
+def tokenizer_differences(then: Identity, now: Identity) -> list[str]:
+    """What weights alone would find changed: each row of an embedding belongs to an id of one tokenizer.
+
+    Empty: nothing, or `then` tells no tokenizer, as that of an import does not.
+    """
+    return list(_of_tokenizer(then, now)) if then else []
+
+
 def carried_on(
     loader: Mapping[str, Any], fresh: Mapping[str, Any], then: Identity, now: Identity
 ) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megafab.checkpoint import store
+from megafab.checkpoint.dcp import PieceLoadPlanner
+from megafab.checkpoint.files import FileReader
 from megafab.checkpoint.pieces import LogicalTensor, Piece
 from megafab.errors import UserError
 
@@ -65,18 +67,24 @@ class Reader:
             name, problem = next(iter(problems.items()))
             raise _damaged(path, f"{name}: {problem}")
         self.path = path
-        self._files = store._Reader(path / store.TENSORS)
+        self._files = FileReader(path / store.TENSORS)
         try:
             self._metadata: Metadata = self._files.read_metadata()
         except Exception as error:  # whatever a damaged pickle makes of itself
             raise _damaged(path, f"an index that cannot be read ({error})") from None
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._planner = store._LoadPlanner(path)
 
     @cached_property
     def state(self) -> Mapping[str, Any]:
-        """The JSON beside the tensors."""
-        return store.read_state(self.path)
+        """The JSON beside the tensors.
+
+        Raises:
+            UserError: it is damaged, as far as it cannot be read.
+        """
+        try:
+            return store.read_state(self.path)
+        except ValueError as error:
+            raise _damaged(self.path, f"a {store.STATE} that cannot be read ({error})") from None
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -90,14 +98,14 @@ class Reader:
             for name in sorted(entries, key=natural)
         }
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, TensorInfo]:
         """The master weights by global name."""
-        found = {
-            n.removeprefix(store.WEIGHT): info
-            for n, info in self.tensors.items()
-            if n.startswith(store.WEIGHT)
-        }
+        return self.named(store.WEIGHT)
+
+    def named(self, prefix: str) -> dict[str, TensorInfo]:
+        """The tensors whose names begin so, by what follows: from the embedding to the output."""
+        found = {n.removeprefix(prefix): info for n, info in self.tensors.items() if n.startswith(prefix)}
         return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
     @property
@@ -117,9 +125,10 @@ class Reader:
             shape, offset = (band[1], *shape[1:]), (band[0], *offset[1:])
         out = torch.empty(shape, dtype=info.dtype)
         asked = LogicalTensor(info.shape, info.dtype, (Piece(offset, out),), owner=False)
-        self._planner.set_up_planner({name: asked}, self._metadata)
+        planner = PieceLoadPlanner(self.path, {name: asked})
+        planner.set_up_planner({}, self._metadata)
         try:
-            self._files.read_data(self._planner.create_local_plan(), self._planner).wait()
+            self._files.read_data(planner.create_local_plan(), planner).wait()
         except (OSError, RuntimeError) as error:  # the archive's own tell what they could not make out
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise _damaged(self.path, f"a tensor {name} that cannot be read ({reason})") from None

@@ -10,37 +10,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.metadata
-import json
 import logging
-import platform
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megafab.checkpoint import identity, store
+from megafab.checkpoint import identity, provenance, store
+from megafab.checkpoint.changes import MEANING, changes, shown
 from megafab.checkpoint.config import CheckpointConfig
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.checkpoint.snapshot import Background, Snapshot
+from megafab.checkpoint.team import Team
 from megafab.errors import UserError
 from megafab.run import Progress
 from megafab.telemetry.rows import METRICS_FILE
-
-# What a checkpoint's weights mean, and names and shapes of tensors may not tell.
-_MEANING = tuple(
-    f"model.{name}"
-    for name in (
-        *("layers", "heads", "norm", "norm_eps", "activation", "position", "rope_base", "bias", "qk_norm"),
-        *("tied_embeddings", "moe.experts", "moe.top_k", "moe.shared_ffn", "moe.every"),
-    )
-)
-# Where a run is kept and shown, and how it is spread: a resume may change these without a word.
-_INCIDENTAL = ("run", "launch", "tracking", "checkpoint", "parallel")
-
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +119,7 @@ class Checkpoints:
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
         self._message = message
-        self._group, self._team = group, store.Team(group)
+        self._group, self._team = group, Team(group)
         self._lineage: list[dict[str, Any]] = []
         self._snapshot, self._background = Snapshot(), Background()
         # A group of the thread's own: two threads that talk in one would take each other's messages.
@@ -198,7 +185,7 @@ class Checkpoints:
         started from a path and has saved since goes on from there, so that the same command continues it.
 
         Other data, another model and another optimizer are refused; other settings that changed are told and
-        take effect. A checkpoint of weights alone begins a new run.
+        take effect. A checkpoint of weights alone begins a new run, which must have the same tokenizer.
 
         Raises:
             UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
@@ -210,8 +197,8 @@ class Checkpoints:
                 self._message(f"{self._run_dir} has no checkpoint yet: the run begins again")
             return Progress()
         state = self._team.one(lambda: store.read_state(path))
-        changes = list(_changes(state["config"], self._resolved))
-        self._require_same_model(path, changes)
+        changed = list(changes(state["config"], self._resolved))
+        self._require_same_model(path, changed)
         if state["weights_only"]:
             self._begin_from_weights(path, state)
             return Progress()
@@ -225,8 +212,8 @@ class Checkpoints:
             )
         self._require_same_optimizer(path)
         self._message(f"resuming from {path}")
-        if changes:
-            told = (f"{key} from {_shown(then)} to {_shown(now)}" for key, then, now in changes)
+        if changed:
+            told = (f"{key} from {shown(then)} to {shown(now)}" for key, then, now in changed)
             self._message(f"changed since the checkpoint: {', '.join(told)}")
         axes = [
             f"{a} {state['topology'][a]} to {n}"
@@ -278,8 +265,8 @@ class Checkpoints:
             "data": self._data,
             "config": self._resolved,
             "topology": self._topology,
-            "versions": _versions(),
-            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": provenance.versions(),
+            "written_at": provenance.now(),
             "lineage": self._lineage,
         }
 
@@ -347,7 +334,17 @@ class Checkpoints:
 
     def _begin_from_weights(self, path: Path, state: Mapping[str, Any]) -> None:
         """A new run with the weights of a checkpoint that has nothing else to go on with."""
+        changed = identity.tokenizer_differences(state["data"], self._data)
+        if changed and not self._config.allow_data_change:
+            raise self._refused(
+                path,
+                f"another tokenizer than that of the weights: {'; '.join(changed)}",
+                "theirs: each row of the embedding belongs to one of its ids",
+                "name a corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true",
+            )
         self._message(f"starting from the weights of {path}")
+        if changed:
+            self._message(f"the data changed: {'; '.join(changed)}")
         tensors = self._engine.sharded_state()
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith(store.WEIGHT)}
         store.load(path, weights, group=self._group)
@@ -363,14 +360,14 @@ class Checkpoints:
     def _refused(self, path: Path, found: str, expected: str, fix: str) -> UserError:
         return UserError(f"checkpoint.resume={self._config.resume} ({path})", found, expected, fix)
 
-    def _require_same_model(self, path: Path, changes: Sequence[tuple[str, Any, Any]]) -> None:
-        for key, then, now in changes:
-            if key in _MEANING and then is not None:
+    def _require_same_model(self, path: Path, changed: Sequence[tuple[str, Any, Any]]) -> None:
+        for key, then, now in changed:
+            if key in MEANING and then is not None:
                 raise UserError(
-                    f"{key}={_shown(now)}, checkpoint.resume={self._config.resume} ({path})",
-                    f"weights trained with {key}={_shown(then)}",
+                    f"{key}={shown(now)}, checkpoint.resume={self._config.resume} ({path})",
+                    f"weights trained with {key}={shown(then)}",
                     "the same model",
-                    f"resume with {key}={_shown(then)}, or begin a new run.dir",
+                    f"resume with {key}={shown(then)}, or begin a new run.dir",
                 )
 
     def _require_same_optimizer(self, path: Path) -> None:
@@ -392,7 +389,7 @@ class Checkpoints:
         theirs = self._techniques.sharded_state(self._engine.weights(), only)
         return {
             **self._engine.sharded_state(),
-            **{f"techniques/{name}": tensor for name, tensor in theirs.items()},
+            **{store.TECHNIQUES + name: tensor for name, tensor in theirs.items()},
         }
 
 
@@ -400,29 +397,3 @@ def _new_group_like(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     made = dist.new_group(backend=dist.get_backend(group))
     assert isinstance(made, dist.ProcessGroup)  # this rank is in it
     return made
-
-
-def _changes(
-    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value then, value now) where two configurations differ; a key that is missing is null."""
-    for name in dict.fromkeys((*now, *then)):
-        key, old, new = prefix + name, then.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changes(old, new, f"{key}.")
-        elif old != new and key.partition(".")[0] not in _INCIDENTAL:
-            yield key, old, new
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value).replace('"', "")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("megafab", "torch", "megatron-core"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            versions[package] = "unknown"
-    return versions

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from megafab.checkpoint import store, writer
+from megafab.checkpoint.changes import changes
+from megafab.checkpoint.files import Deal
+from megafab.checkpoint.provenance import derived_state
 from megafab.checkpoint.reader import Reader, TensorInfo
-from megafab.checkpoint.state import _changes
 from megafab.errors import UserError
 from megafab.telemetry.meter import Meter, size
 
@@ -69,7 +71,7 @@ def _contents(reader: Reader, files: Mapping[str, Mapping[str, Any]]) -> Iterato
         total = size(sum(info.nbytes for info in infos))
         yield f"{'' if number else 'tensors':<9} {kind}: {len(infos)} of {types}, {total}"
     total = size(sum(entry["size"] for entry in files.values()))
-    yield f"files     {len(files)}, {total}, each with its SHA-256"
+    yield f"files     {len(files)}, {total}, each with its hash"
 
 
 def verify(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
@@ -103,7 +105,7 @@ def open_intact(path: Path) -> Reader:
     return Reader(path)
 
 
-def reshape(path: Path, to: Path, *, deal: writer.Deal | None, moments: bool) -> Path:
+def reshape(path: Path, to: Path, *, deal: Deal | None, moments: bool) -> Path:
     """The checkpoint at `path` again, its tensors dealt to other files; returns the new one.
 
     Args:
@@ -121,7 +123,7 @@ def reshape(path: Path, to: Path, *, deal: writer.Deal | None, moments: bool) ->
         meter.add(tensor.nbytes)
         return tensor
 
-    state = writer.derived_state("reshape", [(path, reader.state)], weights_only=not moments)
+    state = derived_state("reshape", [(path, reader.state)], weights_only=not moments)
     with writer.fresh_directory(to) as draft:
         made = writer.write(draft, state["progress"]["step"], chosen, source, state, deal=deal)
         meter.close()
@@ -165,7 +167,7 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
         return total.to(chosen[name].dtype)
 
     sources = [(reader.path, reader.state) for reader in readers]
-    state = writer.derived_state("average", sources, weights_only=True)
+    state = derived_state("average", sources, weights_only=True)
     for entry, weight in zip(state["lineage"][-len(paths) :], weights, strict=True):
         entry["weight"] = weight / sum(weights)
     with writer.fresh_directory(to) as draft:
@@ -221,8 +223,12 @@ class Difference:
 
 
 def diff(a: Path, b: Path) -> Difference:
-    """Compare two checkpoints: configuration, names, then every tensor both have."""
-    one, two = Reader(a), Reader(b)
+    """Compare two checkpoints: configuration, names, then every tensor both have.
+
+    Raises:
+        UserError: one of them is damaged; what differs would say nothing of the runs.
+    """
+    one, two = open_intact(a), open_intact(b)
     both = [name for name in one.tensors if name in two.tensors]
     meter = Meter("diff", sum(one.tensors[name].nbytes for name in both))
     found = []
@@ -233,7 +239,7 @@ def diff(a: Path, b: Path) -> Difference:
         meter.add(one.tensors[name].nbytes)
     meter.close()
     return Difference(
-        tuple(_changes(one.state["config"], two.state["config"])),
+        tuple(changes(one.state["config"], two.state["config"])),
         tuple(name for name in one.tensors if name not in two.tensors),
         tuple(name for name in two.tensors if name not in one.tensors),
         tuple(found),

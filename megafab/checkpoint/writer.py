@@ -6,41 +6,26 @@ its turn comes, and let go.
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
 
-from megafab.checkpoint import store
+from megafab.checkpoint import dcp, store
+from megafab.checkpoint.files import Deal
 from megafab.checkpoint.reader import TensorInfo
-from megafab.checkpoint.state import _versions
 from megafab.errors import UserError
 
 FILE_BYTES = 4 << 30  # of tensors in a file, unless the caller says otherwise
 
 Source = Callable[[str, tuple[int, int]], torch.Tensor]  # name, (first row, rows) -> these rows
-Deal = Callable[[Sequence[int]], list[int]]  # sizes of tensors in bytes -> the number of each one's file
 
 
 @contextmanager
@@ -86,49 +71,13 @@ def write(
         state: the JSON beside them.
         deal: which tensors share a file: `by_size`, `by_count`; null: `by_size(FILE_BYTES)`.
     """
-    directory = run_dir / "checkpoints"
-    draft = store._begin(directory, step)
-    files = _Writer(draft / store.TENSORS, deal or by_size(FILE_BYTES))
-    with store._dcp_errors(draft):
-        state_dict_saver.save(
-            dict(tensors), storage_writer=files, planner=_Planner(tensors, source), no_dist=True
-        )
-    entries = {f"{store.TENSORS}/{name}": entry for name, entry in files.fs.written.items()}
-    return store._commit(draft, step, entries, state, keep=1, ranks=1)
+    draft = store.begin(run_dir / "checkpoints", step)
+    planner = _BandSavePlanner(tensors, source)
+    files = dcp.write(draft / store.TENSORS, planner, None, deal or by_size(FILE_BYTES))
+    return store.commit(draft, step, files, state, keep=1, ranks=1)
 
 
-def derived_state(
-    operation: str, sources: Sequence[tuple[Path, Mapping[str, Any]]], *, weights_only: bool
-) -> dict[str, Any]:
-    """The state of a checkpoint that `operation` made of `sources`: that of the last, with its lineage.
-
-    With `weights_only`, a run that resumes from it starts anew from its weights (`state.py`).
-    """
-    path, state = sources[-1]
-    entries = [
-        {
-            "from": str(path.resolve()),
-            "step": state["progress"]["step"],
-            "written_at": state["written_at"],
-            "operation": operation,
-        }
-        for path, state in sources
-    ]
-    return {
-        **state,
-        "weights_only": weights_only or state["weights_only"],
-        "versions": _versions(),
-        "written_at": now(),
-        "lineage": [*state["lineage"], *entries],
-    }
-
-
-def now() -> str:
-    """The time as checkpoints write it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-class _Planner(DefaultSavePlanner):
+class _BandSavePlanner(DefaultSavePlanner):
     """Every band of every tensor is an item; its values come from the source when they are to be written."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], source: Source) -> None:
@@ -136,7 +85,13 @@ class _Planner(DefaultSavePlanner):
         self._tensors, self._source = tensors, source
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([_item(n, info, band) for n, info in self._tensors.items() for band in info.bands()])
+        return SavePlan(
+            [
+                dcp.item(name, info.shape, info.dtype, *_box(info, band))
+                for name, info in self._tensors.items()
+                for band in info.bands()
+            ]
+        )
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         info = self._tensors[index.fqn]
@@ -144,7 +99,7 @@ class _Planner(DefaultSavePlanner):
         tensor = self._source(index.fqn, band)
         assert tensor.dtype == info.dtype, index.fqn
         assert tuple(tensor.shape) == _box(info, band)[1], index.fqn
-        return store._alone_in_storage(tensor.contiguous())
+        return tensor
 
 
 def _box(info: TensorInfo, band: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -152,41 +107,6 @@ def _box(info: TensorInfo, band: tuple[int, int]) -> tuple[tuple[int, ...], tupl
     if not info.shape:
         return (), ()
     return (band[0], *(0,) * (len(info.shape) - 1)), (band[1], *info.shape[1:])
-
-
-def _item(name: str, info: TensorInfo, band: tuple[int, int]) -> WriteItem:
-    offset, shape = map(torch.Size, _box(info, band))
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offset, shape),
-        properties=TensorProperties(dtype=info.dtype),
-        size=torch.Size(info.shape),
-    )
-    return WriteItem(index=MetadataIndex(name, offset), type=WriteItemType.SHARD, tensor_data=data)
-
-
-class _Writer(store._Writer):
-    """The file writer of training, with the items dealt to several files."""
-
-    def __init__(self, path: Path, deal: Deal) -> None:
-        super().__init__(path)
-        self._deal = deal
-
-    def _write_data(self, planner: SavePlanner, file_queue: Queue) -> Future[list[WriteResult]]:
-        """Write item by item; torch's own keeps every tensor of a file until the file is closed."""
-        _, _, items = file_queue.get_nowait()
-        results: list[WriteResult] = []
-        for number, part in enumerate(_dealt(items, self._deal)):
-            name = f"__0_{number}.distcp"
-            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
-                for item in part:
-                    begin = stream.tell()
-                    torch.save(planner.resolve_data(item), stream)
-                    stored = _StorageInfo(name, begin, stream.tell() - begin)
-                    results.append(WriteResult(item.index, stored.length, stored))
-                os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
 
 
 def by_size(file_bytes: int) -> Deal:
@@ -215,17 +135,3 @@ def by_count(count: int) -> Deal:
         return files
 
     return deal
-
-
-def _dealt(items: Sequence[WriteItem], deal: Deal) -> list[list[WriteItem]]:
-    """The items file by file; a tensor's bands stay together."""
-    sizes: dict[str, int] = {}
-    for item in items:
-        assert item.tensor_data is not None
-        size = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-        sizes[item.index.fqn] = sizes.get(item.index.fqn, 0) + size
-    number = dict(zip(sizes, deal(list(sizes.values())), strict=True))
-    files: dict[int, list[WriteItem]] = {}
-    for item in items:
-        files.setdefault(number[item.index.fqn], []).append(item)
-    return list(files.values())

@@ -24,6 +24,13 @@ class ExportType(Enum):
     fp16 = "fp16"
 
 
+class Weights(Enum):
+    """Which weights of a checkpoint `convert` exports."""
+
+    trained = "trained"  # those that training goes on with
+    ema = "ema"  # the average that technique `ema` keeps of them
+
+
 @dataclass(frozen=True, slots=True)
 class InspectConfig:
     """`megafab ckpt inspect PATH`."""
@@ -68,6 +75,7 @@ class ConvertConfig:
     to: str = MISSING  # directory to make
     format: Format = Format.hf  # of what is made
     dtype: ExportType | None = None  # of exported weights; null: fp32, as imported ones always are
+    weights: Weights = Weights.trained  # which of the checkpoint's are exported
     max_bytes: int | None = None  # of one safetensors file; null: 5 GB
     max_kl: float | None = None  # largest KL in nats a token; null: 1e-8 in fp32, 1e-2 in 16 bits
     judge: bool = True  # run both models and compare their logits; each in turn needs 4 bytes a parameter
@@ -105,9 +113,14 @@ def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
 
 def _check_conversion(config: ConvertConfig) -> None:
     if config.format is Format.megafab:
-        for key, value in (("dtype", config.dtype and config.dtype.value), ("max_bytes", config.max_bytes)):
+        given = {
+            "dtype": config.dtype and config.dtype.value,
+            "max_bytes": config.max_bytes,
+            "weights": None if config.weights is Weights.trained else config.weights.value,
+        }
+        for key, value in given.items():
             if value is not None:
-                expected, fix = "it with format=hf only: a checkpoint has fp32 masters", "leave it out"
+                expected, fix = "it with format=hf only: what is made has fp32 masters", "leave it out"
                 raise ConfigError(f"{key}={value}", "format=megafab", expected, fix)
     if config.max_kl is not None and not config.judge:
         fix = "judge=true, or leave max_kl out"

@@ -261,13 +261,51 @@ def test_weights_alone_begin_a_run(ranks, tmp_path):
 
 
 def resume_weights(rank, world, directory, source):
+    return resume(rank, world, directory, str(weights_of(source)), True, changed(corpus="another"))
+
+
+def weights_of(source, **changes: Any) -> Path:
+    """The weights alone of the only checkpoint of a run, as the tools make them."""
     (path,) = (Path(source) / "checkpoints").glob("step_*")
-    state = store.read_state(path)
-    tensors = Run(rank, world, source).checkpoints._tensors(only=())
+    state = {**store.read_state(path), "weights_only": True, **changes}
+    tensors = Run(0, 1, source).checkpoints._tensors(only=())
     store.load(path, tensors)
-    other = Path(source) / "weights" / "checkpoints"
-    converted = store.save(other, 20, tensors, {**state, "weights_only": True}, keep=1)
-    return resume(rank, world, directory, str(converted), True, {**DATA, "corpus": "another"})
+    return store.save(Path(source) / "weights" / "checkpoints", 20, tensors, state, keep=1)
+
+
+def begin_with(rank, world, directory, source, allow=False, **changes: Any):
+    """What is said where a run whose tokenizer is not DATA's begins from weights."""
+    weights = weights_of(source, **changes)
+    data = changed(tokenizer="cafe", vocab_size=300)
+    run = Run(rank, world, directory, str(weights), data=data, allow_data_change=allow)
+    run.checkpoints.restore()
+    return run.messages
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_allowed(ranks, tmp_path):
+    ranks.run(train, str(tmp_path / "a"), 20)
+    arguments = str(tmp_path / "b"), str(tmp_path / "a")
+    difference = "tokenizer beef (512 ids) is now cafe (300 ids)"
+    weights = tmp_path / "a" / "weights" / "checkpoints" / "step_00000020"
+    with pytest.raises(UserError) as caught:
+        ranks.run(begin_with, *arguments)
+    assert str(caught.value) == (
+        f"checkpoint.resume={weights} ({weights}): found another tokenizer than that of the weights: "
+        f"{difference}, expected theirs: each row of the embedding belongs to one of its ids. Fix: name a "
+        "corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true"
+    )
+    started = f"starting from the weights of {weights}"
+    assert ranks.run(begin_with, *arguments, True) == [[started, f"the data changed: {difference}"]]
+
+
+def begin_with_an_import(rank, world, directory, source):
+    return begin_with(rank, world, directory, source, data={})
+
+
+def test_an_import_tells_no_tokenizer_to_compare(ranks, tmp_path):
+    ranks.run(train, str(tmp_path / "a"), 20)
+    ((message,),) = ranks.run(begin_with_an_import, str(tmp_path / "b"), str(tmp_path / "a"))
+    assert message.startswith("starting from the weights of ")
 
 
 def test_a_missing_path_is_refused(ranks, tmp_path):
@@ -283,7 +321,7 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_it_taken(ranks, tmp_
     file.write_bytes(content)
     back = ranks.run(resume_telling, str(tmp_path), world=2)
     assert [step for step, _ in back] == [10, 10]
-    assert ["step_00000020: tensors/__1_0.distcp: SHA-256" in text for _, text in back] == [True, True]
+    assert ["step_00000020: tensors/__1_0.distcp: XXH3" in text for _, text in back] == [True, True]
     # Asked for by name, it is refused instead.
     with pytest.raises(UserError, match="only damaged checkpoints.*__1_0.distcp"):
         ranks.run(resume, str(tmp_path), str(path), world=2)

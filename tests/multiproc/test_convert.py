@@ -28,8 +28,12 @@ RUNS = {
     "llama, tensor 2 x pipeline 2, sequence": (
         *(4, (*SMALL_MODEL, "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),
     ),
-    "llama, tied, one key, biases": (
-        *(2, (*SMALL_MODEL, "model.kv_heads=1", "model.tied_embeddings=true", "model.bias=true")),
+    "llama, tied, one key, biases, average": (
+        2,
+        (
+            *(*SMALL_MODEL, "model.kv_heads=1", "model.tied_embeddings=true", "model.bias=true"),
+            "technique=[ema]",
+        ),
     ),
     "qwen3, pipeline 2": (2, (*SMALL_MODEL, "model.qk_norm=true", "parallel.pipeline=2")),
     "gpt": (1, GPT),
@@ -107,6 +111,18 @@ def test_transformers_computes_the_same_logits(ranks, run_of, corpus, tmp_path, 
     (ours,) = ranks.run(our_logits, str(run_dir), text, init=False)
     assert float((ours - theirs).abs().max()) < 1e-5
     assert float(ours.std()) > 0.01, "logits that could be others"
+
+
+def test_the_average_is_exported_in_place_of_the_weights(ranks, run_of, tmp_path):
+    run_dir = run_of("llama, tied, one key, biases, average")
+    out = converted(ranks, run_dir, tmp_path / "hf", "weights=ema")
+    assert "tokens of real text: KL " in out
+    source = store.newest(run_dir / "checkpoints")
+    assert source is not None
+    name = "decoder.final_layernorm.weight"
+    ours, model = tensors_of(source), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(model.model.norm.weight, ours[f"techniques/ema/{name}"])
+    assert not torch.equal(model.model.norm.weight, ours[f"weight/{name}"])
 
 
 @pytest.mark.parametrize("name", ["llama, tensor 2 x pipeline 2, sequence", "gpt", "mixtral, expert 2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import pytest
 import torch
 from ranks import RankDied
 
-from megafab.checkpoint import store
+from megafab.checkpoint import files, store
 from megafab.checkpoint.pieces import LogicalTensor, flat_slice, whole
 from megafab.errors import UserError
 from megafab.topology.layout import Layout
@@ -240,7 +241,7 @@ def flip(path: Path) -> None:
     [
         (truncate, "bytes, expected", True),
         (Path.unlink, "No such file or directory", True),
-        (flip, "SHA-256", False),
+        (flip, "XXH3", False),
     ],
 )
 @pytest.mark.parametrize("name", ["tensors/__2_0.distcp", "tensors/.metadata", "state.json"])
@@ -267,7 +268,7 @@ POSITIONS = {
     "index, an offset": ("tensors/.metadata", lambda data: data.index(b"distcp") + 8),
     "state": ("state.json", lambda data: data.index(b"0")),
     "manifest, a size": ("manifest.json", lambda data: data.index(b'"size": ') + 8),
-    "manifest, a hash": ("manifest.json", lambda data: data.index(b'"sha256": "') + 11),
+    "manifest, a hash": ("manifest.json", lambda data: data.index(b'"xxh3_128": "') + 13),
     "manifest, the order": ("manifest.json", lambda data: data.index(b'"commit": ') + 10),
     "manifest, the step": ("manifest.json", lambda data: data.index(b'"step": ') + 8),
     "manifest, the seal": ("manifest.json", lambda data: data.index(b'"seal": "') + 9),
@@ -337,14 +338,22 @@ def test_verifying_in_parts_covers_every_file_once(copy):
     assert sorted(name for part in by_part for name in part) == files
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1, "files": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2, "files": {"a": 3}}'])
 def test_a_damaged_manifest_is_reported(copy, text):
     (copy / "manifest.json").write_text(text)
     assert store.verify(copy) == {
         "manifest.json": "found damaged content, expected a manifest as `save` writes it"
     }
-    (copy / "manifest.json").write_text('{"format": 9, "commit": 1, "files": {}}')
-    assert store.verify(copy) == {"manifest.json": "found format 9, expected format 1"}
+
+
+@pytest.mark.parametrize("other", [1, 9])
+def test_another_format_is_told_from_damage(copy, other):
+    manifest = {**store.read_manifest(copy), "format": other}
+    (copy / "manifest.json").write_text(json.dumps(store.sealed(manifest)))
+    found = f"found format {other}, of another version of megafab, expected format 2"
+    assert store.verify(copy) == {"manifest.json": found}
+    with pytest.raises(UserError, match=f"manifest.json: {found}.*go on with the version that wrote it"):
+        store.read_manifest(copy)
 
 
 def test_newest_passes_over_damage_and_says_so(saved, tmp_path, caplog):
@@ -415,6 +424,32 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_loses_nothing(ranks,
     assert results[0][1] == ["latest", "step_00000001"]
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
     assert store.verify(tmp_path / "step_00000001") == {}
+
+
+def save_while_the_disk_writes(rank, world, directory, fails):
+    """Every write tells the disk to begin, and one of these calls has bad news."""
+    files._AHEAD = 1
+    send, calls = os.fdatasync, 0
+
+    def fdatasync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        send(descriptor)
+
+    os.fdatasync = fdatasync
+    save(rank, world, directory, 1, 1)
+    return calls
+
+
+def test_what_goes_wrong_while_a_file_is_written_is_told(ranks, tmp_path):
+    (calls,) = ranks.run(save_while_the_disk_writes, str(tmp_path / "a"), False)
+    assert calls > 3
+    assert store.verify(tmp_path / "a" / "step_00000001") == {}
+    with pytest.raises(UserError, match=r"found Input/output error \(rank 0\)"):
+        ranks.run(save_while_the_disk_writes, str(tmp_path / "b"), True)
+    assert names(tmp_path / "b") == []
 
 
 def save_until_full(rank, world, directory):

@@ -277,7 +277,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage):
 
 
 def exported(directory: Path, name: str, *settings: str) -> tuple[Path, Path]:
-    source = write_checkpoint(directory / "run", MODELS[name][1], moments=False)
+    source = write_checkpoint(directory / "run", MODELS[name][1], kinds=["weight"])
     assert main(["ckpt", "convert", str(source), f"to={directory / 'hf'}", "judge=false", *settings]) == 0
     return source, directory / "hf"
 
@@ -302,6 +302,30 @@ def test_an_export_in_16_bits_is_rounded_once(tmp_path: Path, capsys):
     for name, tensor in tensors_of(source).items():
         assert torch.equal(back[name], tensor.bfloat16().float())
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_export_of_the_average(tmp_path: Path, capsys):
+    kinds, techniques = ["weight", "techniques/ema"], {"ema": {"updates": 3}}
+    source = write_checkpoint(tmp_path, MODELS["llama"][1], kinds=kinds, techniques=techniques)
+    to = tmp_path / "hf"
+    assert main(["ckpt", "convert", str(source), f"to={to}", "weights=ema", "judge=false"]) == 0
+    assert "tensors of fp32 equal the average, bit for bit" in capsys.readouterr().out
+    ours, back = tensors_of(source), tensors_of(imported(to, tmp_path / "back"))
+    assert back
+    for name, tensor in back.items():
+        assert torch.equal(tensor, ours[name.replace("weight/", "techniques/ema/", 1)])
+        assert not torch.equal(tensor, ours[name])
+
+
+def test_an_average_that_has_not_begun_is_refused(tmp_path: Path, capsys):
+    kinds, techniques = ["weight", "techniques/ema"], {"ema": {"updates": 0}}
+    source = write_checkpoint(tmp_path, MODELS["llama"][1], kinds=kinds, techniques=techniques)
+    assert main(["ckpt", "convert", str(source), f"to={tmp_path / 'hf'}", "weights=ema"]) == 2
+    assert capsys.readouterr().err == (
+        f"weights=ema, {source}: found no average of the weights, expected one, as a run with "
+        "technique=[ema] keeps it. Fix: leave weights out, or name a checkpoint of such a run\n"
+    )
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_bare_model_and_a_tied_head_written_twice(tmp_path: Path, capsys):

@@ -109,7 +109,7 @@ def test_verify_names_the_file_with_a_flipped_bit(copy: Path, capsys, name: str,
     flip(copy / name, int(at * (copy / name).stat().st_size))
     lines = shown(capsys, "verify", copy, code=1)
     assert lines[0] == f"{copy}: damaged"
-    assert lines[1].startswith(f"  {name}: SHA-256 ")
+    assert lines[1].startswith(f"  {name}: XXH3 ")
     assert len(lines) == 2
 
 
@@ -355,6 +355,11 @@ def test_other_models_are_not_averaged(run_dir: Path, tmp_path: Path, capsys):
         (["reshape", "RUN", "to=RUN"], "to=RUN: found something there already"),
         (["convert", "RUN", "to=x", "format=megafab", "dtype=bf16"], "dtype=bf16: found format=megafab, exp"),
         (["convert", "RUN", "to=x", "format=megafab", "max_bytes=9"], "max_bytes=9: found format=megafab, "),
+        (["convert", "RUN", "to=x", "format=megafab", "weights=ema"], "weights=ema: found format=megafab, "),
+        (
+            ["convert", "RUN", "to=x", "weights=ema"],
+            "weights=ema, RUN/checkpoints/step_00000007: found no av",
+        ),
         (["convert", "RUN", "to=x", "judge=false", "max_kl=1"], "max_kl=1.0: found judge=false, expected "),
         (["convert", "RUN", "to=x", "max_kl=-1"], "max_kl=-1.0: found -1.0, expected at least 0."),
         (
@@ -373,13 +378,34 @@ def test_a_mistake_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["RUN"]
 
 
-@pytest.mark.parametrize("verb", ["reshape", "average", "convert"])
-def test_nothing_is_made_of_a_damaged_checkpoint(copy: Path, tmp_path: Path, capsys, verb: str):
-    flip(copy / "tensors" / "__0_0.distcp", 5000)
-    paths = [copy, copy] if verb == "average" else [copy]
-    err = refused(capsys, verb, *paths, f"to={tmp_path / 'to'}")
-    assert "tensors/__0_0.distcp: SHA-256 " in err
+# file: what is said of a flipped bit
+DAMAGED = {
+    "tensors/__0_0.distcp": "XXH3 ",
+    "tensors/.metadata": "XXH3 ",
+    "state.json": "XXH3 ",
+    "manifest.json": "found damaged content",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("verb", ["reshape", "average", "convert", "diff"])
+def test_a_damaged_checkpoint_is_refused(
+    run_dir: Path, copy: Path, tmp_path: Path, capsys, verb: str, name: str
+):
+    flip(copy / name, (copy / name).stat().st_size // 2)
+    paths = {"average": [run_dir, copy], "diff": [run_dir, copy]}.get(verb, [copy])
+    to = [] if verb == "diff" else [f"to={tmp_path / 'to'}"]
+    err = refused(capsys, verb, *paths, *to)
+    assert err.startswith(f"{copy}: found {name}: {DAMAGED[name]}")
+    assert err.endswith("Fix: take another, or restore the file\n")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_inspect_of_a_state_that_cannot_be_read(copy: Path, capsys):
+    flip(copy / "state.json", 0)
+    err = refused(capsys, "inspect", copy)
+    assert err.startswith(f"{copy}: found a state.json that cannot be read (")
+    assert err.endswith(f"Fix: see what is damaged: megafab ckpt verify {copy}\n")
 
 
 def test_what_fails_half_way_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch):
@@ -447,7 +473,7 @@ def test_every_verb_stays_within_a_memory_limit_that_the_checkpoint_exceeds(tmp_
     large = ModelConfig(
         name="large", layers=23, hidden=512, heads=8, kv_heads=4, ffn=1408, seq_len=64, vocab=1024
     )
-    a, b = (write_checkpoint(tmp_path / str(s), large, seed=s, moments=False) for s in (1, 2))
+    a, b = (write_checkpoint(tmp_path / str(s), large, seed=s, kinds=["weight"]) for s in (1, 2))
     total = Reader(a).nbytes
     assert total > 2.7 * LIMIT
     verbs = [

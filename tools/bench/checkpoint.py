@@ -6,7 +6,8 @@
   torch.distributed.checkpoint's own synchronous save of the same tensors. What the call takes is what
   training waits; `async_slowdown` is what the steps lose while the thread writes, on the same cores.
 - `bandwidth`: `store.save` (hashed, synced, committed) and `store.load` of a state of many tensors, beside a
-  plain write and fsync, and a plain read, of as many bytes. Files are read from the page cache, all alike.
+  plain write and fsync, and a plain read, of as many bytes. All write new files and sync them, on a disk
+  that has nothing else to write, and all read from the page cache.
 - `restart`: from the command to the first logged step, of a new run and of one that resumes.
 
 The cases of a part take turns; the fastest round of each counts.
@@ -192,8 +193,8 @@ def bandwidth(rounds: int) -> dict[str, Any]:
             plain.unlink(missing_ok=True)
             for directory in (ours, torchs):
                 shutil.rmtree(directory, ignore_errors=True)
-            os.sync()
             for name, case in cases.items():
+                os.sync()  # the disk has nothing left to write of the case before
                 results.setdefault(name, []).append(seconds(case))
     speed = {name: len(memory) / min(times[1:]) / 1e9 for name, times in results.items()}
     return {
