@@ -33,7 +33,7 @@ from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
-from megafab.optim.config import WHOLE_MATRICES, OptimName, ScheduleKind
+from megafab.optim.config import WHOLE_MATRICES, Count, OptimName, ScheduleKind
 from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
@@ -102,6 +102,8 @@ _AT_LEAST_ONE = (
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
+    *("techniques.token_dropping.start", "techniques.token_dropping.steps"),
+    "techniques.token_dropping.round_to",
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
@@ -561,6 +563,15 @@ def _run_length(facts: Facts) -> Iterator[Violation]:
         found = "neither" if train.steps is None else "both"
         fix = "add train.steps=1000, say" if train.steps is None else "set one of them to null"
         yield Violation("train.steps, train.tokens", found, "exactly one of them", fix)
+
+
+@rule("counted-tokens", relates=False)
+def _counted_tokens(facts: Facts) -> Iterator[Violation]:
+    train = facts.config.train
+    if train.count is not Count.tokens and train.steps is not None:
+        fix = "train.tokens in place of train.steps, or leave train.count out"
+        expected = "train.tokens, which it says how to count"
+        yield Violation(f"train.count={train.count.name}", f"train.steps={train.steps}", expected, fix)
 
 
 def _total_steps(facts: Facts) -> int | None:

@@ -11,6 +11,7 @@ from megafab.techniques.config import TechniquesConfig
 CLASSES = {
     "z_loss": "megafab.techniques.z_loss:ZLoss",
     "ema": "megafab.techniques.ema:EMA",
+    "token_dropping": "megafab.techniques.token_dropping:TokenDropping",
 }
 
 

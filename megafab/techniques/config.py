@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from omegaconf import MISSING
+
 
 @dataclass(frozen=True, slots=True)
 class ZLossConfig:
@@ -25,8 +27,23 @@ class EMAConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDroppingConfig:
+    """`techniques/token_dropping.py`."""
+
+    start: int = 128  # tokens of a sequence that a dropping layer keeps in the first step
+    steps: int = MISSING  # steps until it keeps all
+    round_to: int = 16  # in between, a multiple of this
+    layers: tuple[int, ...] | None = None  # which drop, from 0; null: all but the first and the last
+
+    def dropping(self, layers: int) -> tuple[int, ...]:
+        """The layers that drop tokens in a model of so many."""
+        return tuple(range(1, layers - 1)) if self.layers is None else self.layers
+
+
+@dataclass(frozen=True, slots=True)
 class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
 
     z_loss: ZLossConfig | None = None
     ema: EMAConfig | None = None
+    token_dropping: TokenDroppingConfig | None = None
