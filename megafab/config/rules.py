@@ -102,8 +102,7 @@ _AT_LEAST_ONE = (
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
-    *("techniques.token_dropping.start", "techniques.token_dropping.steps"),
-    "techniques.token_dropping.round_to",
+    *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
@@ -609,9 +608,9 @@ def _schedule_length(facts: Facts) -> Iterator[Violation]:
 
 @rule("whole-steps")
 def _whole_steps(facts: Facts) -> Iterator[Violation]:
-    for key in ("schedule.warmup", "schedule.decay"):
+    for key in ("schedule.warmup", "schedule.decay", "techniques.token_dropping.steps"):
         value = value_at(facts.config, key)
-        if math.isfinite(value) and value >= 1 and value != round(value):
+        if value is not None and math.isfinite(value) and value >= 1 and value != round(value):
             expected = "a share of the run (below 1) or whole steps"
             yield Violation(f"{key}={value:g}", f"{value:g}", expected, f"{key}={round(value)}")
 

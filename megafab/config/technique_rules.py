@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megafab.config.rule import Facts, Rule, Violation, below_one, not_negative, table
+from megafab.config.rule import Facts, Rule, Violation, below_one, not_negative, positive, table
 
 RULES: list[Rule] = []
 rule = table(RULES)
@@ -16,6 +16,7 @@ rule = table(RULES)
 _RANGES = (
     not_negative("techniques.z_loss.weight"),
     below_one("techniques.ema.decay"),
+    positive("techniques.token_dropping.steps"),
 )
 
 

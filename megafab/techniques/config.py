@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
 
 @dataclass(frozen=True, slots=True)
 class ZLossConfig:
@@ -31,7 +29,7 @@ class TokenDroppingConfig:
     """`techniques/token_dropping.py`."""
 
     start: int = 128  # tokens of a sequence that a dropping layer keeps in the first step
-    steps: int = MISSING  # steps until it keeps all
+    steps: float = 0.7  # steps until it keeps all; below 1: a share of the run
     round_to: int = 16  # in between, a multiple of this
     layers: tuple[int, ...] | None = None  # which drop, from 0; null: all but the first and the last
 

@@ -4,7 +4,7 @@ Yao et al. 2022, "Random-LTD: Random and Layerwise Token Dropping Brings Efficie
 Transformers" (arXiv 2211.11586); as a part of DeepSpeed's data efficiency library, Li et al. 2022 (arXiv
 2212.03597). Each dropping layer draws, for each sequence, r of its S positions without replacement, computes
 these alone, in order, and lets the others pass by. All layers but the first and the last drop. r grows by
-step t, monotonically (the papers' MSLG), from `start` to S in T = `steps`:
+step t, monotonically (the papers' MSLG), from `start` to S in T = `steps`, 0.7 of the run unless given:
 
     r(t) = min(S, floor(start + (S - start) t / T to a multiple of round_to)),      S from t = T on
 
@@ -50,6 +50,8 @@ class TokenDropping(Technique):
     def __init__(self, config: TokenDroppingConfig, facts: Facts) -> None:
         super().__init__(config, facts)
         self._layers = frozenset(config.dropping(facts.shape.config.layers))
+        share = facts.steps if config.steps < 1 else 1
+        self._steps = max(1, round(config.steps * share))
         self._clock = Clock()
 
     def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
@@ -69,7 +71,7 @@ class TokenDropping(Technique):
     def on_schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         """How many tokens are kept, and what the step then costs."""
         config, whole = self.config, plan.seq_len
-        kept = kept_tokens(config.start, config.steps, config.round_to, whole, plan.step)
+        kept = kept_tokens(config.start, self._steps, config.round_to, whole, plan.step)
         if kept == whole:
             return plan
         count, dropping = self.facts.shape.config.layers, len(self._layers)

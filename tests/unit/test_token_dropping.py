@@ -152,6 +152,13 @@ def test_nothing_changes_once_all_are_kept():
     assert technique().on_schedule(plan, Progress()) is plan
 
 
+@pytest.mark.parametrize(("steps", "want"), [(0.5, 10), (10.0, 10), (0.001, 1), (1.0, 1)])
+def test_steps_may_be_a_share_of_the_run(steps: float, want: int):
+    one = technique(steps=steps)
+    kept = [one.on_schedule(dataclasses.replace(PLAN, step=t), Progress()).kept_tokens for t in range(21)]
+    assert kept.index(None) == want
+
+
 def test_metrics_say_how_many():
     one, clock = technique(), Clock()
     one.on_build([], clock)
