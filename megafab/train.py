@@ -64,7 +64,7 @@ def fit(run: Run) -> Progress:
             if run.cadence.evaluates(progress.step, last) and wanted:
                 with part("evaluate"):
                     valid = evaluate(run)
-            _record(run, plan, progress, outcome, ledger, valid)
+            _record(run, plan, progress, outcome, ledger, valid, last)
             saving = run.cadence.saves(progress.step, last) or leaving
             run.invariants.check(progress.step, saving=saving)
             if saving:
@@ -103,16 +103,18 @@ def _record(
     outcome: StepOutcome,
     ledger: LossLedger,
     valid: LedgerReport | None,
+    last: bool,
 ) -> None:
     """One row for the sinks where one is due; without one, nothing is reduced or waited for."""
     if not outcome.applied:
         run.telemetry.message(f"step {progress.step}: update discarded, {outcome.verdict.reason}")
-    if not run.telemetry.due(progress.step) and valid is None:
+    if not run.telemetry.due(progress.step, last) and valid is None:
         return
     losses = ledger.reduced()
     run.telemetry.record(
         plan=plan,
         progress=progress,
+        last=last,
         outcome=outcome,
         loss=losses.loss,
         domain_loss=losses.domain_loss,

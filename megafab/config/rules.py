@@ -33,7 +33,7 @@ from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
-from megafab.optim.config import WHOLE_MATRICES, OptimName, ScheduleKind
+from megafab.optim.config import WHOLE_MATRICES, Count, OptimName, ScheduleKind
 from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
@@ -102,6 +102,7 @@ _AT_LEAST_ONE = (
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
+    *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
@@ -563,6 +564,15 @@ def _run_length(facts: Facts) -> Iterator[Violation]:
         yield Violation("train.steps, train.tokens", found, "exactly one of them", fix)
 
 
+@rule("counted-tokens", relates=False)
+def _counted_tokens(facts: Facts) -> Iterator[Violation]:
+    train = facts.config.train
+    if train.count is not Count.tokens and train.steps is not None:
+        fix = "train.tokens in place of train.steps, or leave train.count out"
+        expected = "train.tokens, which it says how to count"
+        yield Violation(f"train.count={train.count.name}", f"train.steps={train.steps}", expected, fix)
+
+
 def _total_steps(facts: Facts) -> int | None:
     """The run's length in steps; None where another rule has something to say first."""
     train = facts.config.train
@@ -598,9 +608,9 @@ def _schedule_length(facts: Facts) -> Iterator[Violation]:
 
 @rule("whole-steps")
 def _whole_steps(facts: Facts) -> Iterator[Violation]:
-    for key in ("schedule.warmup", "schedule.decay"):
+    for key in ("schedule.warmup", "schedule.decay", "techniques.token_dropping.steps"):
         value = value_at(facts.config, key)
-        if math.isfinite(value) and value >= 1 and value != round(value):
+        if value is not None and math.isfinite(value) and value >= 1 and value != round(value):
             expected = "a share of the run (below 1) or whole steps"
             yield Violation(f"{key}={value:g}", f"{value:g}", expected, f"{key}={round(value)}")
 

@@ -13,7 +13,7 @@ from megafab.checkpoint.config import CheckpointConfig
 from megafab.data.config import DataConfig, EvalConfig
 from megafab.engine.config import EngineConfig
 from megafab.model.config import ModelConfig
-from megafab.optim.config import BatchRampConfig, OptimConfig, ScheduleConfig
+from megafab.optim.config import BatchRampConfig, Count, OptimConfig, ScheduleConfig
 from megafab.resilience.config import ResilienceConfig
 from megafab.techniques.config import TechniquesConfig
 from megafab.telemetry.config import RunSection, TrackingConfig
@@ -41,6 +41,7 @@ class TrainConfig:
 
     steps: int | None = None
     tokens: int | None = None
+    count: Count = Count.tokens  # which tokens `tokens` counts
     global_batch: int = 8  # sequences per optimizer step, over all ranks
     micro_batch: int = 1  # sequences per forward pass of one model replica
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)

@@ -9,7 +9,9 @@ recomputation out; hardware FLOPs count it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megafab.model.config import Activation, ModelConfig, Norm, Position
 
@@ -98,17 +100,23 @@ class ModelShape:
             count += c.seq_len * c.hidden
         return count + sum(self.layer_parameters(layer) for layer in range(c.layers))
 
-    def flops_per_token(self, seq_len: int | None = None, *, recompute: str = "none") -> float:
+    def flops_per_token(
+        self,
+        seq_len: int | None = None,
+        *,
+        recompute: str = "none",
+        kept: Mapping[int, int] = MappingProxyType({}),
+    ) -> float:
         """Training FLOPs of one token, forward and backward.
 
         Args:
             seq_len: length the attention runs over; the model's own by default.
             recompute: `none`, `selective` (attention products again) or `full` (every layer's forward again).
+            kept: by layer (from 0), how many tokens of a sequence it computes; all where it is not named.
         """
         c = self.config
         length = seq_len or c.seq_len
-        attention = 4.0 * length * c.heads * self.head_dim  # query x key and probabilities x value
-        layers = 0.0
+        layers = attentions = 0.0
         for layer in range(c.layers):
             matrices = float(self.attention_matrix_parameters)
             if self.is_moe_layer(layer):
@@ -117,7 +125,11 @@ class ModelShape:
                 matrices += self._mlp_matrix_parameters(c.moe.shared_ffn)
             else:
                 matrices += self._mlp_matrix_parameters(self.ffn)
-            layers += 2.0 * matrices + attention
+            tokens = kept.get(layer, length)
+            attention = 4.0 * tokens * c.heads * self.head_dim  # query x key and probabilities x value
+            # Of the tokens of a sequence only these are computed, and see each other.
+            attentions += attention * tokens / length
+            layers += (2.0 * matrices + attention) * tokens / length
         head = 2.0 * self.vocab * c.hidden
-        again = {"none": 0.0, "selective": attention * c.layers, "full": layers}[recompute]
+        again = {"none": 0.0, "selective": attentions, "full": layers}[recompute]
         return 3.0 * (layers + head) + again

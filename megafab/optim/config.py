@@ -86,6 +86,13 @@ class ScheduleConfig:
     decay: float = 0.2  # wsd only: length of the final decay; below 1: share of the run
 
 
+class Count(Enum):
+    """Which tokens `train.tokens` counts, for the end of the run and for the learning rate."""
+
+    tokens = "tokens"  # the positions of all sequences
+    layer_tokens = "layer_tokens"  # those that the mean layer computes (Yao et al. 2022)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRampConfig:
     """Grow the global batch from `start` by `increment` to `train.global_batch`, over `samples` samples."""

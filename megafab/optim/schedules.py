@@ -1,6 +1,7 @@
 """Learning rate, weight decay and batch size over the run: pure functions of the progress.
 
-A run is measured in its own unit: steps if `train.steps` is set, tokens if `train.tokens` is. With T the
+A run is measured in its own unit: steps if `train.steps` is set, tokens if `train.tokens` is, of which
+`train.count` says whether a layer that leaves tokens out has them counted. With T the
 length of the run, W that of the warm-up, r the ratio `schedule.min_ratio`, and u the position at the *end*
 of a step (so u = 1 unit-step for the first step and u = T for the last), the learning rate is peak * f(u):
 
@@ -15,6 +16,11 @@ the length of wsd's decay. `warmup` and `decay` are given in steps or, below 1, 
 warm-up is at least one step, which is then at the peak. In a run measured in tokens they are the tokens
 of those steps, so that a batch ramp changes nothing about their number.
 
+Where tokens are left out (sequences cut short, or, counted in layer tokens, layers that drop tokens: the
+LayerToken learning rate of Yao et al. 2022, arXiv 2211.11586) a run has more steps than its tokens would
+fill, and every phase of it takes more. What a step leaves out is decided after its learning rate, so that u
+is taken as if it left out nothing: less than a step too far.
+
 The global batch ramps up as in Megatron-LM: it starts at `start` and grows by `increment` after every
 `samples / ((global_batch - start) / increment)` samples.
 """
@@ -27,7 +33,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megafab.errors import ConfigError
-from megafab.optim.config import BatchRampConfig, OptimConfig, ScheduleConfig, ScheduleKind
+from megafab.optim.config import BatchRampConfig, Count, OptimConfig, ScheduleConfig, ScheduleKind
 from megafab.run import Progress, StepPlan
 
 if TYPE_CHECKING:
@@ -122,7 +128,8 @@ class Schedules:
         flops_per_token: model FLOPs, forward and backward.
 
     Attributes:
-        total_steps: the length of the run in steps, exact under a batch ramp.
+        total_steps: the length of the run in steps, exact under a batch ramp; there will be more where
+            techniques leave tokens out.
 
     Raises:
         ConfigError: a batch does not divide among replicas and micro-batches, neither or both of `steps`
@@ -169,7 +176,7 @@ class Schedules:
         if self._train.steps is not None:
             end = progress.step + 1
         else:
-            end = progress.tokens + global_batch * self._seq_len
+            end = self._counted(progress) + global_batch * self._seq_len
         factor = learning_rate_factor(
             self._schedule, at=end, total=self._total, warmup=self._warmup, decay=self._decay
         )
@@ -190,7 +197,11 @@ class Schedules:
         if self._train.steps is not None:
             return max(0, self._train.steps - progress.step)
         assert self._train.tokens is not None
-        return max(0, self._train.tokens - progress.tokens)
+        return max(0, self._train.tokens - self._counted(progress))
+
+    def _counted(self, progress: Progress) -> int:
+        """The tokens so far, of those that the run is measured in."""
+        return progress.tokens if self._train.count is Count.tokens else progress.layer_tokens
 
 
 def _steps(length: float, total: int) -> int:

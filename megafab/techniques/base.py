@@ -63,6 +63,7 @@ RESOURCES = frozenset(
         "weight_decay",
         "batch_size",
         "sequence_length",
+        "kept_tokens",
         "mixture",
         "replay",
         "batch",  # on_batch: tokens, mask, extra

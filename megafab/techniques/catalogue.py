@@ -16,6 +16,7 @@ CLASSES = {
     "replay": "megafab.techniques.replay:Replay",
     "sample_reweighting": "megafab.techniques.sample_reweighting:SampleReweighting",
     "token_selection": "megafab.techniques.token_selection:TokenSelection",
+    "token_dropping": "megafab.techniques.token_dropping:TokenDropping",
 }
 
 

@@ -117,6 +117,20 @@ class TokenSelectionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDroppingConfig:
+    """`techniques/token_dropping.py`."""
+
+    start: int = 128  # tokens of a sequence that a dropping layer keeps in the first step
+    steps: float = 0.7  # steps until it keeps all; below 1: a share of the run
+    round_to: int = 16  # in between, a multiple of this
+    layers: tuple[int, ...] | None = None  # which drop, from 0; null: all but the first and the last
+
+    def dropping(self, layers: int) -> tuple[int, ...]:
+        """The layers that drop tokens in a model of so many."""
+        return tuple(range(1, layers - 1)) if self.layers is None else self.layers
+
+
+@dataclass(frozen=True, slots=True)
 class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
 
@@ -127,3 +141,4 @@ class TechniquesConfig:
     replay: ReplayConfig | None = None
     sample_reweighting: SampleReweightingConfig | None = None
     token_selection: TokenSelectionConfig | None = None
+    token_dropping: TokenDroppingConfig | None = None

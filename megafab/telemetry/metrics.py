@@ -45,7 +45,7 @@ class Telemetry:
         is_writer: whether this rank records.
         log_every: steps between records; the last step is always recorded.
         peak_flops: for MFU, of all devices of the job together; None when not known.
-        total_steps: the length of the run.
+        total_steps: the length of the run as far as it is known; the loop says which step is the last.
         synchronize: waits for the device; called on steps that will be recorded only.
     """
 
@@ -76,21 +76,22 @@ class Telemetry:
 
     def begin(self, step: int) -> None:
         """Say that step `step` (counted from 1) begins; a step that is due has its parts timed exactly."""
-        if not self._sinks or not self.due(step):
+        if not self._sinks or not self.due(step, step == self._total_steps):
             return
         if self._lap_step != step - 1:
             self._lap(step - 1)
         self.timers.exact = True
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, last: bool) -> bool:
         """Whether step `step` (counted from 1) is logged. The same on every rank."""
-        return step % self._log_every == 0 or step == self._total_steps
+        return last or step % self._log_every == 0
 
     def record(
         self,
         *,
         plan: StepPlan,
         progress: Progress,
+        last: bool,
         outcome: StepOutcome,
         loss: float,
         domain_loss: Mapping[str, float],
@@ -103,6 +104,7 @@ class Telemetry:
         Args:
             plan: what the step did.
             progress: after the step.
+            last: whether it ends the run.
             outcome: what became of its gradients.
             loss: mean over the step's valid tokens, of the whole job.
             domain_loss: the same by domain.
@@ -110,7 +112,7 @@ class Telemetry:
             extra: numbers of a technique under its name.
             valid: `loss` and `domain_loss` on the validation split, on steps that evaluated.
         """
-        if not self._sinks or not (self.due(progress.step) or valid):
+        if not self._sinks or not (self.due(progress.step, last) or valid):
             return
         row: dict[str, Any] = {
             "step": progress.step,

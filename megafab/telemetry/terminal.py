@@ -24,7 +24,7 @@ class Terminal(Sink):
 
     Args:
         run_dir: where `log.txt` grows, over all sessions of the run.
-        total_steps: the length of the run.
+        total_steps: the length of the run; more steps may come, where they turn out to hold fewer tokens.
         header: facts shown once before the first step, label by label.
         stream: standard output unless given.
     """
@@ -57,7 +57,8 @@ class Terminal(Sink):
         if self._bar is not None:
             row = record.row
             numbers = f"loss {row['loss']:.4f}  {short(row['tokens_per_second'])} tok/s"
-            self._bar.update(self._bar.task_ids[0], completed=row["step"], numbers=numbers)
+            total = max(self._total, row["step"])
+            self._bar.update(self._bar.task_ids[0], total=total, completed=row["step"], numbers=numbers)
 
     def message(self, text: str) -> None:
         """One line, above the bar; from any thread."""
@@ -111,10 +112,13 @@ def header_lines(header: Mapping[str, str]) -> list[str]:
 
 
 def step_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """A logged step in one line; MFU, skipped steps and validation loss only where there are any."""
+    """A logged step in one line; MFU, skipped steps and validation loss only where there are any.
+
+    A step beyond the length that was expected stands without it.
+    """
     step = f"{row['step']:>{len(str(total_steps))}}"
     parts = [
-        f"step {step}/{total_steps}",
+        f"step {step}/{total_steps}" if row["step"] <= total_steps else f"step {step}",
         f"loss {row['loss']:.4f}",
         f"lr {row['lr']:.2e}",
         f"norm {row['grad_norm']:.3f}",

@@ -18,7 +18,7 @@ from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
-from megafab.optim.config import MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
+from megafab.optim.config import Count, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
 from megafab.techniques.config import (
     DynamicLoadingConfig,
     EMAConfig,
@@ -26,6 +26,7 @@ from megafab.techniques.config import (
     ReplayConfig,
     Reward,
     SampleReweightingConfig,
+    TokenDroppingConfig,
     TokenSelectionConfig,
 )
 from megafab.topology.config import ContextMethod
@@ -38,6 +39,7 @@ BASE = RunConfig(
     data=DataConfig(path="corpus"),
 )
 RULES = (*rules.RULES, *technique_rules.RULES)
+DROPPING = TokenDroppingConfig(start=16, steps=10, round_to=4)  # of 32 tokens
 CORPUS = CorpusFacts("corpus", vocab_size=1000, tokens={"books": 5000, "code": 900})
 
 
@@ -104,6 +106,92 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("technique-range", {"techniques.ema": EMAConfig(decay=1.0)}, 1),
         "techniques.ema.decay=1: found 1, expected at least 0 and below 1. "
         "Fix: give techniques.ema.decay a value at least 0 and below 1",
+    ),
+    (
+        *("size", {"techniques.token_dropping": dataclasses.replace(DROPPING, round_to=0)}, 1),
+        "techniques.token_dropping.round_to=0: found 0, expected at least 1. "
+        "Fix: techniques.token_dropping.round_to=1 or more",
+    ),
+    (
+        *("technique-range", {"techniques.token_dropping": dataclasses.replace(DROPPING, steps=0.0)}, 1),
+        "techniques.token_dropping.steps=0: found 0, expected more than 0. "
+        "Fix: give techniques.token_dropping.steps a value more than 0",
+    ),
+    (
+        *("whole-steps", {"techniques.token_dropping": dataclasses.replace(DROPPING, steps=7.4)}, 1),
+        "techniques.token_dropping.steps=7.4: found 7.4, expected a share of the run (below 1) or whole "
+        "steps. Fix: techniques.token_dropping.steps=7",
+    ),
+    (
+        *("token-dropping-layers", {"techniques.token_dropping": DROPPING, "model.layers": 2}, 1),
+        "techniques.token_dropping.layers=null: found model.layers=2, of which the first and the last are "
+        "kept whole, expected a layer between them to drop tokens. "
+        "Fix: give techniques.token_dropping.layers a list of layers, from 0 to 1",
+    ),
+    (
+        *(
+            "token-dropping-layers",
+            {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=())},
+            1,
+        ),
+        "techniques.token_dropping.layers=[]: found none, expected a layer to drop tokens. Fix: give "
+        "techniques.token_dropping.layers a list of layers, from 0 to 7; or leave the technique out",
+    ),
+    (
+        "token-dropping-layers",
+        {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=(-1, 2, 8))},
+        1,
+        "techniques.token_dropping.layers=[-1, 2, 8]: found layer -1, layer 8, expected layers of a model of "
+        "model.layers=8. Fix: give techniques.token_dropping.layers a list of layers, from 0 to 7",
+    ),
+    (
+        "token-dropping-layers",
+        {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=(2, 2))},
+        1,
+        "techniques.token_dropping.layers=[2, 2]: found a layer more than once, expected every layer once. "
+        "Fix: give techniques.token_dropping.layers a list of layers, from 0 to 7",
+    ),
+    (
+        "token-dropping-start",
+        {"techniques.token_dropping": dataclasses.replace(DROPPING, start=32)},
+        1,
+        "techniques.token_dropping.start=32: found 32, expected less than model.seq_len=32: nothing would be "
+        "dropped. Fix: lower techniques.token_dropping.start, or leave the technique out",
+    ),
+    (
+        "token-dropping-start",
+        {"techniques.token_dropping": dataclasses.replace(DROPPING, start=13)},
+        1,
+        "techniques.token_dropping.start=13: found 13 % 4 = 1, expected a multiple of "
+        "techniques.token_dropping.round_to=4. "
+        "Fix: techniques.token_dropping.start=16, or another round_to",
+    ),
+    (
+        "token-dropping-sequence",
+        {
+            "techniques.token_dropping": dataclasses.replace(DROPPING, round_to=2),
+            "parallel.tensor": 4,
+            "parallel.sequence": True,
+        },
+        4,
+        "techniques.token_dropping.round_to=2: found 2, expected a multiple of parallel.tensor=4, over which "
+        "parallel.sequence splits. Fix: techniques.token_dropping.round_to=4, or parallel.sequence=false",
+    ),
+    (
+        *("token-dropping-context", {"techniques.token_dropping": DROPPING, "parallel.context": 2}, 2),
+        "technique.token_dropping: found parallel.context=2, expected whole sequences on a rank: which "
+        "tokens are kept would leave context ranks with unequal parts. "
+        "Fix: parallel.context=1, or leave token_dropping out",
+    ),
+    (
+        *("token-dropping-experts", {"techniques.token_dropping": DROPPING, "model.moe.experts": 4}, 1),
+        "technique.token_dropping: found model.moe.experts=4, expected a model without experts: their load "
+        "would be balanced over the kept tokens alone. Fix: model.moe.experts=0, or leave token_dropping out",
+    ),
+    (
+        *("counted-tokens", {"train.count": Count.layer_tokens}, 1),
+        "train.count=layer_tokens: found train.steps=100, expected train.tokens, which it says how to count. "
+        "Fix: train.tokens in place of train.steps, or leave train.count out",
     ),
     (
         *("head-size", {"model.hidden": 68, "model.position": Position.learned}, 1),
@@ -661,6 +749,14 @@ VALID: list[tuple[dict[str, Any], int]] = [
     ({"model.head_dim": 7, "model.position": Position.learned}, 1),
     ({"train.batch_ramp.start": 2, "train.batch_ramp.increment": 2, "train.batch_ramp.samples": 50}, 2),
     ({"train.steps": None, "train.tokens": 1_000_000}, 1),
+    ({"train.steps": None, "train.tokens": 1_000_000, "train.count": Count.layer_tokens}, 1),
+    ({"techniques.token_dropping": DROPPING, "model.layers": 3}, 1),
+    (
+        {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=(0, 7))},
+        1,
+    ),  # first and last, if asked
+    ({"techniques.token_dropping": DROPPING, "parallel.tensor": 4, "parallel.sequence": True}, 4),
+    ({"techniques.token_dropping": dataclasses.replace(DROPPING, round_to=2), "parallel.tensor": 4}, 4),
     ({"schedule.warmup": 0.0}, 1),
     ({"schedule.warmup": 100.0}, 1),
     ({"optim.clip": 0.0, "optim.weight_decay": 0.0}, 1),

@@ -73,6 +73,7 @@ def record(target: Telemetry, step: int, loss: float = 2.5, applied: bool = True
         progress=at(step, skipped=not applied),
         outcome=StepOutcome(applied, verdict, 0.75),
         **{
+            "last": False,
             "loss": loss,
             "domain_loss": {"books": 2.0, "code": 3.0},
             "domain_weight": {"books": 0.5, "code": 0.5},
@@ -213,7 +214,7 @@ def test_sinks_are_called_on_due_steps_only():
     target = telemetry(sink, log_every=5, total_steps=12)
     target.start(Progress())
     for step in range(1, 13):
-        record(target, step)
+        record(target, step, last=step == 12)
     target.message("done")
     target.close()
     assert sink.calls == ["open 0", "record 5", "record 10", "record 12", "message done", "close"]
@@ -383,6 +384,17 @@ def test_a_part_includes_the_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
 # terminal
 
 
+def test_the_loop_says_which_step_is_the_last():
+    """The length was a guess: a step that reaches it is like any other."""
+    sink = Memory()
+    target = telemetry(sink, log_every=5, total_steps=12)
+    target.start(Progress())
+    for step in range(1, 15):
+        target.begin(step)
+        record(target, step, last=step == 14)
+    assert [row["step"] for row in sink.rows] == [5, 10, 14]
+
+
 def test_step_line():
     assert step_line(row(120), 10_000) == (
         "step   120/10000 | loss 3.2146 | lr 3.00e-04 | norm 0.532 | 12.3k tok/s | 1.234 s/step"
@@ -392,6 +404,7 @@ def test_step_line():
         "step 9/9 | loss nan | lr 3.00e-04 | norm 0.532 | 12.3k tok/s | 1.234 s/step"
         " | MFU 41.2% | skipped 2 | valid 3.3012"
     )
+    assert step_line(row(11), 10).startswith("step 11 | loss"), "more steps than were expected"
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class Diary:
     def begin(self, step: int) -> None:
         self.note(f"begin {step}")
 
-    def due(self, step: int) -> bool:
-        return step % 2 == 0 or step == self.steps
+    def due(self, step: int, last: bool) -> bool:
+        return last or step % 2 == 0
 
     def record(self, **row: Any) -> None:
         self.note(f"record {row['progress'].step}")

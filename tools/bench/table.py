@@ -1,7 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
-        [engines]
+        [engines] [token_dropping]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -20,6 +20,7 @@ import optimizers
 import overhead
 import peers
 import startup
+import token_dropping
 
 
 def loader(result: dict[str, Any]) -> str:
@@ -55,6 +56,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkpoint": checkpoint.report,
     "optimizers": optimizers.report,
     "engines": engines.report,
+    "token_dropping": token_dropping.report,
 }
 
 
