@@ -56,6 +56,9 @@ DATA_PIPELINE_MAY_IMPORT = (
     "megafab.config.load",
     "megafab.data.format",
     "megafab.data.tokenizer",
+    "megafab.data.derived",  # the formats of what it derives from a corpus, as that of the corpus itself
+    "megafab.data.difficulty",
+    "megafab.data.scores",
 )
 # Nouns and sections: importable from everywhere.
 SHARED = ("megafab.errors", "megafab.run")
