@@ -105,7 +105,8 @@ def _record(
     """One row for the sinks where one is due; without one, nothing is reduced or waited for."""
     if not outcome.applied:
         run.telemetry.message(f"step {progress.step}: update discarded, {outcome.verdict.reason}")
-    if not run.telemetry.due(progress.step) and valid is None:
+    last = not run.schedules.remaining(progress)
+    if not (run.telemetry.due(progress.step) or last) and valid is None:
         return
     losses = ledger.reduced()
     run.telemetry.record(
@@ -117,6 +118,7 @@ def _record(
         domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
         extra=run.bus.metrics(losses),
         valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
+        last=last,
     )
 
 

@@ -87,6 +87,20 @@ class Kind:
             )
 
 
+SCORES = Kind(
+    folder="scores",
+    format="megafab-scores",
+    keys=("checkpoint", "seq_len", "packing"),
+    make="make it: megafab score",
+)
+DIFFICULTY = Kind(
+    folder="difficulty",
+    format="megafab-difficulty",
+    keys=("metric", "seq_len", "windows"),
+    make="make it: megafab data difficulty",
+)
+
+
 def fingerprint(content: Mapping[str, Any]) -> str:
     """sha256 of what is JSON-able."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -19,16 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from megafab.data.derived import Kind
+from megafab.data.derived import MANIFEST, SCORES
 from megafab.data.format import Corpus
 from megafab.errors import UserError
 
-KIND = Kind(
-    folder="scores",
-    format="megafab-scores",
-    keys=("checkpoint", "seq_len", "packing"),
-    make="make it: megafab score",
-)
 _DTYPE = np.dtype("<f2")
 _CHUNK = 1 << 22  # positions that are written or hashed at a time
 
@@ -52,15 +46,15 @@ class Scores:
         Raises:
             UserError: none there, not finished, of another corpus, or with a file missing or cut.
         """
-        path = name if isinstance(name, Path) else KIND.directory(corpus.path, name)
-        manifest = KIND.read(path)
-        KIND.require_corpus(path, manifest, corpus.fingerprint)
+        path = name if isinstance(name, Path) else SCORES.directory(corpus.path, name)
+        manifest = SCORES.read(path)
+        SCORES.require_corpus(path, manifest, corpus.fingerprint)
         scores = Scores(path, corpus, manifest)
         for file, tokens in scores._files:
             size = file.stat().st_size if file.exists() else 0
             if size != tokens * _DTYPE.itemsize:
                 expected = f"{tokens * _DTYPE.itemsize} bytes, a float16 for each of {tokens} tokens"
-                raise UserError(str(file), f"{size} bytes", expected, KIND.make)
+                raise UserError(str(file), f"{size} bytes", expected, SCORES.make)
         return scores
 
     def read(self, domain: int, start: int, count: int) -> np.ndarray:
@@ -86,7 +80,7 @@ class ScoresWriter:
     def create(self) -> None:
         """Makes every file with its full length, all NaN: any earlier content is lost."""
         (self._path / "train").mkdir(parents=True, exist_ok=True)
-        (self._path / "manifest.json").unlink(missing_ok=True)
+        (self._path / MANIFEST).unlink(missing_ok=True)
         for path, tokens in self._files:
             with open(path, "wb") as file:
                 for start in range(0, tokens, _CHUNK):
@@ -121,7 +115,7 @@ class ScoresWriter:
             **facts,
             "sha256": digest.hexdigest(),
         }
-        KIND.write(self._path, content)
+        SCORES.write(self._path, content)
         return Scores.open(self._path, self._corpus)
 
 

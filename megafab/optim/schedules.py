@@ -122,7 +122,8 @@ class Schedules:
         flops_per_token: model FLOPs, forward and backward.
 
     Attributes:
-        total_steps: the length of the run in steps, exact under a batch ramp.
+        total_steps: the length of the run in steps, exact under a batch ramp; an estimate where the run is
+            measured in tokens and techniques change how many a step computes.
 
     Raises:
         ConfigError: a batch does not divide among replicas and micro-batches, neither or both of `steps`
@@ -164,7 +165,11 @@ class Schedules:
         self._decay = self._total - self._position(max(0, self.total_steps - decay))
 
     def at(self, progress: Progress) -> StepPlan:
-        """The plan of the step that follows `progress`."""
+        """The plan of the step that follows `progress`.
+
+        The learning rate is that at the end of a step of whole sequences: where a technique changes their
+        length afterwards it is off by less than one step, as `progress` counts the tokens really computed.
+        """
         global_batch = self._ramp.at(progress.samples)
         if self._train.steps is not None:
             end = progress.step + 1

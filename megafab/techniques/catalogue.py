@@ -11,6 +11,8 @@ from megafab.techniques.config import TechniquesConfig
 CLASSES = {
     "z_loss": "megafab.techniques.z_loss:ZLoss",
     "ema": "megafab.techniques.ema:EMA",
+    "curriculum": "megafab.techniques.curriculum:Curriculum",
+    "sequence_curriculum": "megafab.techniques.sequence_curriculum:SequenceCurriculum",
 }
 
 

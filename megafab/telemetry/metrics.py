@@ -45,7 +45,8 @@ class Telemetry:
         is_writer: whether this rank records.
         log_every: steps between records; the last step is always recorded.
         peak_flops: for MFU, of all devices of the job together; None when not known.
-        total_steps: the length of the run.
+        total_steps: the length of the run; an estimate where it is measured in tokens and techniques change
+            how many a step has.
         synchronize: waits for the device; called on steps that will be recorded only.
     """
 
@@ -97,8 +98,9 @@ class Telemetry:
         domain_weight: Mapping[str, float],
         extra: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
+        last: bool = False,
     ) -> None:
-        """Record a step that is due, or that evaluated; other steps are ignored.
+        """Record a step that is due, that evaluated, or that was the last; other steps are ignored.
 
         Args:
             plan: what the step did.
@@ -109,8 +111,9 @@ class Telemetry:
             domain_weight: the share of each domain in the step's samples.
             extra: numbers of a technique under its name.
             valid: `loss` and `domain_loss` on the validation split, on steps that evaluated.
+            last: whether the run ends with it, at `total_steps` or elsewhere.
         """
-        if not self._sinks or not (self.due(progress.step) or valid):
+        if not self._sinks or not (self.due(progress.step) or valid or last):
             return
         row: dict[str, Any] = {
             "step": progress.step,

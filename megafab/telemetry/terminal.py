@@ -111,10 +111,13 @@ def header_lines(header: Mapping[str, str]) -> list[str]:
 
 
 def step_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """A logged step in one line; MFU, skipped steps and validation loss only where there are any."""
+    """A logged step in one line; MFU, skipped steps and validation loss only where there are any.
+
+    A step beyond `total_steps`, which was an estimate then, does not quote it.
+    """
     step = f"{row['step']:>{len(str(total_steps))}}"
     parts = [
-        f"step {step}/{total_steps}",
+        f"step {step}/{total_steps}" if row["step"] <= total_steps else f"step {step}",
         f"loss {row['loss']:.4f}",
         f"lr {row['lr']:.2e}",
         f"norm {row['grad_norm']:.3f}",

@@ -18,10 +18,11 @@ from megafab.config.tree import MISSING, build, default_tree, keys, nearest, to_
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import MoEConfig, Norm
 from megafab.model.shape import ModelShape
-from megafab.techniques.config import EMAConfig, ZLossConfig
+from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
 
 BASE = ("model=llama_tiny", "data.path=corpus", "train.steps=20")
 CONF = config_directory()
+TECHNIQUES = sorted(field.name for field in dataclasses.fields(TechniquesConfig))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 
@@ -183,7 +184,11 @@ CHOICE_MISTAKES = {
         "one of constant, cosine, linear, wsd",
         "did you mean schedule=wsd?",
     ),
-    "technique=[ema,xxxx]": ("no technique named xxxx", "one of ema, z_loss", "technique=ema, for example"),
+    "technique=[ema,xxxx]": (
+        "no technique named xxxx",
+        f"one of {', '.join(TECHNIQUES)}",
+        f"technique={TECHNIQUES[0]}, for example",
+    ),
     "optim=null": ("0 names", "one of adamw, lion, muon, soap", "choose one optim"),
     "schedule=[wsd,cosine]": ("2 names", "one of constant, cosine, linear, wsd", "choose one schedule"),
 }
@@ -253,8 +258,7 @@ def test_yaml_round_trip_gives_the_same_objects(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(resolved_yaml(config))
     assert from_yaml(path) == config
-    assert yaml.safe_load(path.read_text())["techniques"] == {
-        "z_loss": None,
+    assert yaml.safe_load(path.read_text())["techniques"] == dict.fromkeys(TECHNIQUES) | {
         "ema": {"decay": 0.999, "every": 1, "evaluate": True},
     }
 
