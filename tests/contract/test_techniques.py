@@ -18,6 +18,8 @@ import torch
 from corpora import write_corpus
 from ranks import Ranks
 
+from data_pipeline import difficulty
+from data_pipeline.config import DifficultyConfig
 from megafab.checkpoint.config import CheckpointConfig
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig, EvalConfig
@@ -30,7 +32,16 @@ from megafab.run import Action, Batch, GradStats, Progress, StepOutcome, StepPla
 from megafab.techniques import catalogue
 from megafab.techniques.base import RESOURCES
 from megafab.techniques.bus import Bus
-from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
+from megafab.techniques.config import (
+    CurriculumConfig,
+    EMAConfig,
+    PacingConfig,
+    PacingShape,
+    SequenceCurriculumConfig,
+    SequenceMode,
+    TechniquesConfig,
+    ZLossConfig,
+)
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind
 from megafab.telemetry.rows import METRICS_FILE, flatten, read_rows
 from megafab.topology.config import ParallelConfig
@@ -40,6 +51,12 @@ pytestmark = pytest.mark.multiproc
 SETTINGS: dict[str, Any] = {
     "z_loss": ZLossConfig(weight=0.05),
     "ema": EMAConfig(decay=0.5),
+    # Clusters of 20, 40, ... 100 percent: they grow before and after the step of the save.
+    "curriculum": CurriculumConfig("rarity-16", pacing=PacingConfig(start=1, end=100, steps=5)),
+    # Lengths that all axes divide, one of which does not divide the 16 of the model.
+    "sequence_curriculum": SequenceCurriculumConfig(
+        SequenceMode.reshape, PacingConfig(PacingShape.step, levels=(4, 12, 16), last_steps=(2, 4))
+    ),
 }
 NAMES = sorted(catalogue.CLASSES)
 STEPS, HALF = 6, 3
@@ -158,6 +175,7 @@ PLAN_FIELDS = {
     "global_batch": "batch_size",
     "seq_len": "sequence_length",
     "domain_weights": "mixture",
+    "admitted": "windows",
 }
 
 
@@ -184,6 +202,7 @@ class Lab:
             {"books": documents(12), "code": documents(12)},
             vocab_size=128,
         )
+        difficulty.build(DifficultyConfig(path=str(self.data), seq_len=16, workers=1))
         self._done: dict[str, tuple[list[str], list[Row], Path]] = {}
 
     def run(
