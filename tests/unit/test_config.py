@@ -14,7 +14,16 @@ from megafab.config import load as loading
 from megafab.config.docs import key_docs
 from megafab.config.load import compose, config_directory, fingerprint, from_yaml, load, resolved_yaml
 from megafab.config.schema import Precision, RunConfig
-from megafab.config.tree import MISSING, build, default_tree, keys, nearest, to_tree
+from megafab.config.tree import (
+    MISSING,
+    annotation_of,
+    build,
+    default_tree,
+    keys,
+    nearest,
+    to_tree,
+    unwrap,
+)
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import MoEConfig, Norm
 from megafab.model.shape import ModelShape
@@ -214,6 +223,13 @@ def test_an_element_of_a_mapping_is_named_when_it_is_wrong():
     ]
 
 
+def test_a_technique_may_have_a_key_without_a_default():
+    assert errors(*BASE, "technique=[curriculum]") == [
+        "techniques.curriculum.difficulty: found no value, expected text. "
+        "Fix: add techniques.curriculum.difficulty=... to the command"
+    ]
+
+
 def test_the_remedy_for_a_technique_keeps_the_others():
     assert errors(*BASE, "technique=[ema]", "techniques.z_loss.weight=1") == [
         "techniques.z_loss.weight=1: found z_loss switched off, expected z_loss among technique=[...]. "
@@ -343,7 +359,11 @@ def test_every_recipe_composes(name: str):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "technique").glob("*.yaml")))
 def test_every_technique_file_switches_its_own_section_on(name: str):
-    techniques = to_tree(load([*BASE, f"technique=[{name}]"]).techniques)
+    section = unwrap(annotation_of(TechniquesConfig, name))[0]
+    needed = [
+        f"techniques.{name}.{key}=x" for key, value in default_tree(section).items() if value == MISSING
+    ]
+    techniques = to_tree(load([*BASE, f"technique=[{name}]", *needed]).techniques)
     assert [key for key, value in techniques.items() if value is not None] == [name]
 
 
