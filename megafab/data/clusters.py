@@ -82,8 +82,10 @@ class Drawn:
     @staticmethod
     def gather(parts: Sequence[tuple[np.ndarray, Drawn]], among: int, chosen: np.ndarray) -> Drawn:
         """The samples `chosen` of `among`, of which each part has those at its indices."""
-        whole = Drawn(*(np.empty(among, np.int64) for _ in range(3)), np.empty(among, np.uint64))
+        whole = {
+            name: np.empty(among, np.uint64 if name == "key_N" else np.int64) for name in Drawn.__slots__
+        }
         for index_N, part in parts:
-            for name in Drawn.__slots__:
-                getattr(whole, name)[index_N] = getattr(part, name)
-        return Drawn(*(getattr(whole, name)[chosen] for name in Drawn.__slots__))
+            for name, value in whole.items():
+                value[index_N] = getattr(part, name)
+        return Drawn(**{name: value[chosen] for name, value in whole.items()})

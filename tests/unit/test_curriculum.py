@@ -14,6 +14,7 @@ import pytest
 import torch
 from corpora import counting_documents, write_corpus
 
+from megafab.checkpoint.identity import carried_on, identity
 from megafab.data import difficulty, order
 from megafab.data.config import Packing
 from megafab.data.difficulty import DifficultyIndex
@@ -101,6 +102,33 @@ def grow(step: int) -> tuple[int, int]:
 
 
 # -- the sampler ---------------------------------------------------------------------------------------------
+
+
+def test_samples_follow_the_definition(corpus: Corpus, index: DifficultyIndex) -> None:
+    """One at a time: the domain's k-th sample draws a cluster by a hash of k, and visits it on."""
+    loader, drawn = make_loader(corpus, index), [0, 0]
+    visits: Counter[tuple[int, int]] = Counter()
+    edges: list[list[int]] = [[], []]
+    for step in range(14):
+        for domain, count in enumerate(grow(step)):
+            edges[domain] += [count] if count not in edges[domain] else []
+        for domain, window in windows_of(corpus, loader.take(plan(step, grow(step)))):
+            name, ends = corpus.domains[domain], edges[domain]
+            key = order.stream_key(SEED, "clusters", name)
+            number = int(order.uniform(key, np.array([drawn[domain]]))[0] * ends[-1])
+            first, last = next((a, b) for a, b in zip([0, *ends], ends, strict=False) if a <= number < b)
+            key = np.array([order.stream_key(SEED, "windows", name, first)], np.uint64)
+            visit = np.array([visits[domain, first]])
+            place = first + order.visit(visit, np.array([last - first]), key)[0]
+            assert window == index.windows[domain][place]
+            drawn[domain] += 1
+            visits[domain, first] += 1
+    assert len(visits) == 6
+    state = loader.state_dict()["clusters"]
+    for domain, name in enumerate(corpus.domains):
+        starts = [0, *edges[domain]]
+        pairs = zip(starts, edges[domain], strict=False)
+        assert state[name] == [[end, visits[domain, start]] for start, end in pairs]
 
 
 def test_only_what_is_admitted_is_drawn(corpus: Corpus, index: DifficultyIndex) -> None:
@@ -198,6 +226,19 @@ def test_what_does_not_continue_is_refused(corpus: Corpus, index: DifficultyInde
     assert "clusters" not in old
     del old["order"]["difficulty"]  # as it was before there was a curriculum
     plain.load_state_dict(old)
+
+
+def test_another_mixture_carries_the_clusters_on(corpus: Corpus, index: DifficultyIndex) -> None:
+    def described(seed: int) -> dict[str, Any]:
+        settings = {"packing": Packing.document, "seed": seed, "seq_len": SEQ_LEN}
+        return identity(corpus, weights=(0.4, 0.6), **settings)
+
+    loader = make_loader(corpus, index)
+    for step in range(6):
+        loader.take(plan(step, grow(step)))
+    then, fresh = loader.state_dict(), make_loader(corpus, index).state_dict()
+    assert carried_on(then, fresh, described(SEED), described(SEED))["clusters"] == then["clusters"]
+    assert carried_on(then, fresh, described(SEED), described(9))["clusters"] == {"books": [], "code": []}
 
 
 # -- what is admitted ----------------------------------------------------------------------------------------
