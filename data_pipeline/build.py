@@ -8,8 +8,6 @@ A build that was killed continues: finished pieces are kept as long as the reque
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,24 +20,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import BuildConfig, TokenizerType, check
 from data_pipeline.pieces import PIECE_BYTES, Piece
-from data_pipeline.pool import Interrupted, Pool
+from data_pipeline.pool import Pool
 from data_pipeline.progress import Progress
 from data_pipeline.shards import SHARD_TOKENS, plan_shards, write_shard
 from data_pipeline.sources import Source, digest, resolve
 from data_pipeline.stdlib import standard_library
 from data_pipeline.tokenize import Counts, Job, load_table, tokenize_piece
+from data_pipeline.workspace import Workspace, outages_interrupt
 from megafab.data.format import MANIFEST, SPLITS, Corpus, Shard, split_entry, write_manifest
 from megafab.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from megafab.errors import UserError
 
 _CHECKED = 1_000_000  # characters on which a given tokenizer is tried
-_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def build(config: BuildConfig) -> None:
@@ -55,19 +52,10 @@ def build(config: BuildConfig) -> None:
     request = _request(config, sources)
     if _finished(out, request, config.overwrite):
         return
-    try:
-        with Workspace(out, request) as work:
-            _build(config, sources, request, work)
-            _publish(work.corpus, out)
-        _report(out)
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT:
-            raise
-        where = str(error.filename or out)
-        fix = "mend that and run the same command again, it continues where it stopped"
-        raise Interrupted(
-            where, f"'{os.strerror(error.errno)}'", "readable input, room for output", fix
-        ) from None
+    with outages_interrupt(out), Workspace(out, request) as work:
+        _build(config, sources, request, work)
+        work.publish()
+    _report(out)
 
 
 def _sources(config: BuildConfig) -> dict[str, list[Source]]:
@@ -142,51 +130,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-class Workspace:
-    """The directory beside `out` where a build happens. One build at a time; kept when it is interrupted."""
-
-    def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
-        out = out.absolute()
-        self.root = out.with_name(f".{out.name}.building")
-        self.pieces, self.tokenizer = self.root / "pieces", self.root / "tokenizer"
-        self.corpus = self.root / "corpus"
-        self._request = json.dumps(request)
-
-    def __enter__(self) -> Workspace:
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.root / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found, fix = "another build at work there", "wait for it, or stop it"
-            raise UserError(str(self.root), found, "one at a time", fix) from None
-        request = self.root / "request.json"
-        leftovers = request.read_text() if request.exists() else None
-        if leftovers is not None and leftovers != self._request:
-            print(f"{self.root} has leftovers of a build of another request: starting over")
-            self._clear()
-        elif leftovers is not None:
-            print(f"continuing the interrupted build in {self.root}")
-        self.pieces.mkdir(exist_ok=True)
-        for part in self.pieces.glob("*.tmp"):
-            part.unlink()
-        shutil.rmtree(self.corpus, ignore_errors=True)
-        request.write_text(self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After bad input the next request is another one: the input, or the configuration, has to change.
-        if kind is None or (issubclass(kind, UserError) and not issubclass(kind, Interrupted)):
-            shutil.rmtree(self.root)
-        self._lock.close()
-
-    def _clear(self) -> None:
-        for path in (self.pieces, self.tokenizer, self.corpus):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _build(
     config: BuildConfig, sources: Mapping[str, list[Source]], request: Mapping[str, Any], work: Workspace
 ) -> None:
@@ -195,13 +138,13 @@ def _build(
         pieces = _tokenize(config, sources, work, pool)
         _say_what_was_skipped(config, pieces)
         domains = _write_shards(config, pieces, tokenizer, work, pool)
-    shutil.copytree(work.tokenizer, work.corpus / "tokenizer")
+    shutil.copytree(_tokenizer_of(work), work.result / "tokenizer")
     manifest = {
         "tokenizer": {
             "type": config.tokenizer.type.value,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
-            "fingerprint": tokenizer_fingerprint(work.tokenizer),
+            "fingerprint": tokenizer_fingerprint(_tokenizer_of(work)),
         },
         "domains": domains,
         "skipped": {domain: dict(result.counts.skipped) for domain, result in pieces.items()},
@@ -212,12 +155,17 @@ def _build(
             **{name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece", "tokenizers")},
         },
     }
-    write_manifest(work.corpus, manifest)
+    write_manifest(work.result, manifest)
+
+
+def _tokenizer_of(work: Workspace) -> Path:
+    return work.root / "tokenizer"
 
 
 def _make_tokenizer(config: BuildConfig, sources: Mapping[str, list[Source]], work: Workspace) -> Tokenizer:
-    if work.tokenizer.exists():
-        return Tokenizer.load(work.tokenizer)
+    directory = _tokenizer_of(work)
+    if directory.exists():
+        return Tokenizer.load(directory)
     start = time.monotonic()
     settings, temporary = config.tokenizer, work.root / "tokenizer.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -230,7 +178,7 @@ def _make_tokenizer(config: BuildConfig, sources: Mapping[str, list[Source]], wo
     else:
         tokenizers.train(settings, texts, temporary)
     tokenizer = Tokenizer.load(temporary)
-    os.replace(temporary, work.tokenizer)
+    os.replace(temporary, directory)
     if given:
         lost, example = tokenizers.losses(tokenizer, texts)
         if lost:
@@ -290,8 +238,8 @@ def _tokenize(
     config: BuildConfig, sources: Mapping[str, list[Source]], work: Workspace, pool: Pool
 ) -> dict[str, _Tokenized]:
     """Every piece that is not done yet, on all workers."""
-    fingerprint, skip_bad = tokenizer_fingerprint(work.tokenizer), _skips_bad(config)
-    job = Job(work.pieces, work.tokenizer, fingerprint, config.text_key, skip_bad)
+    fingerprint, skip_bad = tokenizer_fingerprint(_tokenizer_of(work)), _skips_bad(config)
+    job = Job(work.pieces, _tokenizer_of(work), fingerprint, config.text_key, skip_bad)
     results = {domain: _Tokenized() for domain in sources}
     sizes = [source.size for entries in sources.values() for source in entries]
     total = None if None in sizes else sum(size for size in sizes if size)
@@ -325,7 +273,7 @@ def _write_shards(
         plan
         for domain, result in pieces.items()
         for plan in plan_shards(
-            work.corpus,
+            work.result,
             work.pieces,
             domain,
             result.names,
@@ -344,16 +292,6 @@ def _write_shards(
         return split_entry([shard for shard, _ in shards], sum(size for _, size in shards))
 
     return [{"name": name, "splits": {split: entry(name, split) for split in SPLITS}} for name in pieces]
-
-
-def _publish(corpus: Path, out: Path) -> None:
-    """Give the finished corpus its name. A reader finds the old corpus, none, or the new one."""
-    old = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(corpus, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report(out: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from megafab.errors import ConfigError, ConfigErrors
+from megafab.function import FORM, is_named
 
+METRICS = ("seqlen", "rarity", "compression", "loss")
 _DOMAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -47,6 +49,62 @@ class BuildConfig:
     workers: int = 2  # processes
     stdlib_bytes: int = 8_000_000  # per domain of the default corpus
     overwrite: bool = False  # replace a corpus that was built from another request
+
+
+@dataclass(frozen=True, slots=True)
+class DifficultyConfig:
+    """Everything `megafab data difficulty` is told. `workers` and `overwrite` do not change the result."""
+
+    path: str = MISSING  # directory of the corpus
+    seq_len: int = MISSING  # tokens of a window: model.seq_len of the runs that will read it
+    metric: str = (
+        "rarity"  # seqlen, rarity, compression, loss, or a function of yours: package.module:function
+    )
+    scores: str | None = (
+        None  # of metric=loss: what `megafab score` made, its name below the corpus or its path
+    )
+    name: str | None = None  # of the result; null: METRIC-SEQ_LEN
+    workers: int = 2  # processes
+    overwrite: bool = False  # replace a result of the same name that was made from something else
+
+    @property
+    def out_name(self) -> str:
+        """The name of the result."""
+        return self.name or f"{self.metric.rpartition(':')[2]}-{self.seq_len}"
+
+
+def check_difficulty(config: DifficultyConfig) -> None:
+    """Refuse what cannot be computed, all problems at once.
+
+    Raises:
+        ConfigErrors: at least one value is out of range or contradicts another.
+    """
+    loss, metric = config.metric == "loss", config.metric
+    problems = [
+        _at_least("workers", config.workers, 1),
+        _at_least("seq_len", config.seq_len, 1),
+        None
+        if metric in METRICS or is_named(metric)
+        else ConfigError(
+            f"metric={metric}",
+            "an unknown metric",
+            f"{', '.join(METRICS)}, or a function as {FORM}",
+            "metric=rarity, for example",
+        ),
+        ConfigError("scores", "nothing", "a name, as metric=loss", "scores=NAME, made by megafab score")
+        if loss and not config.scores
+        else None,
+        ConfigError(f"scores={config.scores}", f"metric={metric}", "metric=loss", "leave scores out")
+        if config.scores and not loss
+        else None,
+        None
+        if _DOMAIN.fullmatch(config.out_name)
+        else ConfigError(
+            f"name={config.name}", "no name of a directory", "letters, digits, '_', '-', '.'", "another name"
+        ),
+    ]
+    if any(problems):
+        raise ConfigErrors([problem for problem in problems if problem is not None])
 
 
 def check(config: BuildConfig) -> None:

@@ -39,12 +39,14 @@ class Progress:
             print(self._line(), flush=True)
 
     def _counts(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
         found = self._all
         return (
             f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB, {found.tokens / 1e6:,.2f}M tokens, "
-            f"{self._fresh.bytes / 1e6 / seconds:.1f} MB/s, {self._fresh.tokens / seconds:,.0f} tokens/s"
+            f"{self._rate(self._fresh.bytes) / 1e6:.1f} MB/s, {self._rate(self._fresh.tokens):,.0f} tokens/s"
         )
+
+    def _rate(self, count: int) -> float:
+        return count / max(time.monotonic() - self._start, 1e-9)
 
     def _line(self) -> str:
         if not self._total:

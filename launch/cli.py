@@ -1,4 +1,4 @@
-"""The command line: `megafab VERB [key=value ...]`.
+"""The command line: `megafab VERB [key=value ...]`; a verb may have two words.
 
 Parts are imported when a verb runs, so that help and mistakes cost no more than the configuration code.
 What the user can mend is printed as one line on stderr with exit code 2; everything else is a bug and
@@ -49,6 +49,10 @@ VERBS = {
         "launch.data", "turn text into a tokenizer and shards to train on",
         "data_pipeline.config:BuildConfig", "data",
     ),
+    "data difficulty": Verb(
+        "launch.difficulty", "how hard each window of a corpus is, for curricula",
+        "data_pipeline.config:DifficultyConfig", "difficulty",
+    ),
     "generate": Verb(
         "launch.generate", "write text with a checkpoint, to look at",
         "megafab.config.generate:GenerateConfig", "generate",
@@ -92,6 +96,8 @@ def _run(argv: list[str]) -> int:
         print(f"megafab {version('megafab')}")
         return 0
     name, *rest = argv
+    if f"{name} {' '.join(rest[:1])}" in VERBS:
+        name, *rest = f"{name} {rest[0]}", *rest[1:]
     verb = VERBS.get(name)
     if verb is None:
         raise _unknown(name, "a verb", VERBS, "megafab --help lists them")
@@ -134,7 +140,7 @@ def _show_config(verb: Verb, arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<16} {verb.summary}" for name, verb in VERBS.items())
     return (
         f"usage: {USAGE}\n\n{verbs}\n\n"
         "megafab VERB --help lists the verb's keys, --cfg job prints its configuration without running it."

@@ -82,8 +82,11 @@ def carried_on(
         return loader["counts"][name] if same else 0
 
     same_domains = list(then["domains"]) == list(now["domains"])
+    # An index of difficulty belongs to one corpus: where it is the same, so is every domain.
+    same_index = same_order and loader["order"].get("difficulty") == fresh["order"].get("difficulty")
     return {
         **fresh,
+        **({"clusters": loader["clusters"]} if "clusters" in fresh and same_index else {}),
         "samples": loader["samples"],
         "counts": {name: count(name) for name in fresh["counts"]},
         # Its weights go by the order of domains.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megafab.config.schema import RunConfig
 from megafab.model.shape import ModelShape
+from megafab.topology.config import ContextMethod
 
 
 class Violation(NamedTuple):
@@ -30,6 +31,7 @@ class CorpusFacts:
     path: str
     vocab_size: int = 0
     tokens: dict[str, int] = field(default_factory=dict[str, int])
+    fingerprint: str = ""
     problem: Violation | None = None
 
 
@@ -61,6 +63,18 @@ class Facts:
     def kv_heads(self) -> int:
         """Key-value heads of the model."""
         return self.config.model.kv_heads or self.config.model.heads
+
+    @property
+    def sequence_unit(self) -> tuple[int, str]:
+        """What the length of every sequence is a multiple of, and the axes of the mesh that ask for it."""
+        p = self.config.parallel
+        # All-gather gives each context rank an early and a late chunk, to even out the causal work.
+        chunks = 2 if p.context > 1 and p.context_method is ContextMethod.allgather else 1
+        unit, axes = p.context * chunks, [f"parallel.context={p.context} ({p.context_method.name})"]
+        if p.sequence:
+            unit = math.lcm(unit, p.context * p.tensor)
+            axes.append(f"parallel.tensor={p.tensor} (parallel.sequence)")
+        return unit, " and ".join(axes[p.context == 1 :])
 
     @property
     def shape(self) -> ModelShape | None:

@@ -84,7 +84,8 @@ def corpus_facts(config: RunConfig) -> CorpusFacts:
     try:
         manifest = cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
         tokens = {domain["name"]: domain["splits"]["train"]["tokens"] for domain in manifest["domains"]}
-        return CorpusFacts(path, manifest["tokenizer"]["vocab_size"], tokens)
+        vocab_size, fingerprint = manifest["tokenizer"]["vocab_size"], manifest.get("fingerprint", "")
+        return CorpusFacts(path, vocab_size, tokens, fingerprint)
     except FileNotFoundError:
         return CorpusFacts(path, problem=Violation(where, f"no {MANIFEST} in it", expected, fix))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -321,15 +322,9 @@ def _sequence_parallel(facts: Facts) -> Iterator[Violation]:
 
 @rule("sequence-length")
 def _sequence_length(facts: Facts) -> Iterator[Violation]:
-    p, length = facts.config.parallel, facts.config.model.seq_len
-    # All-gather gives each context rank an early and a late chunk, to even out the causal work.
-    chunks = 2 if p.context > 1 and p.context_method is ContextMethod.allgather else 1
-    unit, axes = p.context * chunks, [f"parallel.context={p.context} ({p.context_method.name})"]
-    if p.sequence:
-        unit = math.lcm(unit, p.context * p.tensor)
-        axes.append(f"parallel.tensor={p.tensor} (parallel.sequence)")
+    length, (unit, axes) = facts.config.model.seq_len, facts.sequence_unit
     if length % unit:
-        expected = f"a multiple of {unit}, to be split over {' and '.join(axes[p.context == 1 :])}"
+        expected = f"a multiple of {unit}, to be split over {axes}"
         fix = f"model.seq_len={_next_multiple(length, unit)}"
         yield Violation(f"model.seq_len={length}", f"{length}", expected, fix)
 

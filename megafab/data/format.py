@@ -297,6 +297,11 @@ class TokenStream:
         return map_shard(self._root / self._shards[index].name, self._vocab_size, self._eod)
 
 
+def window_count(tokens: int, seq_len: int) -> int:
+    """Full windows of a stream: the last label of one is the first token of the next."""
+    return max(0, tokens - 1) // seq_len
+
+
 def map_shard(prefix: Path, vocab_size: int, eod: int) -> tuple[np.ndarray, np.ndarray]:
     """Map one shard: its ids [tokens] and the byte offset of each document [documents].
 

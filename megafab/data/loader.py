@@ -4,6 +4,7 @@ A sample is a window of `seq_len + 1` consecutive tokens of one domain, starting
 `seq_len`: the last label of a window is the first token of the next. Global sample g belongs to the
 domain that `mixture.draw` says; it is that domain's k-th sample, k being the count of earlier ones, and
 `order.visit` says which window the k-th is. So the state is the number of samples and a count by domain.
+A curriculum draws among the windows that it admits instead (`data/clusters.py`), and adds their clusters.
 
 Shape suffixes: B rows of a data rank, L sequence length, W = L + 1 tokens of a window, D domains,
 G samples of a step over all data ranks.
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 
 from megafab.data import mixture, order
+from megafab.data.clusters import Clusters, Drawn
 from megafab.data.config import Packing
+from megafab.data.format import window_count
 from megafab.data.packing import pack
 from megafab.data.plan import Column, DataPlan
 from megafab.errors import UserError
@@ -43,9 +46,11 @@ class _Step:
     micro_batch: int
     weights_D: tuple[float, ...]
     replayed: tuple[int, ...]
+    clusters_D: tuple[Clusters, ...] | None
 
 
-_Read = tuple[Batch, tuple[int, ...]]  # this data rank's rows, and the counts after the step
+# This data rank's rows, and the counts and clusters after the step.
+_Read = tuple[Batch, tuple[int, ...], tuple[Clusters, ...] | None]
 
 
 class Loader:
@@ -98,6 +103,7 @@ class Loader:
         )
         self._samples = 0
         self._counts_D = (0,) * len(corpus.domains)
+        self._clusters_D = (Clusters(),) * len(corpus.domains) if self._plan.difficulty else None
         self._log: list[tuple[int, tuple[float, ...]]] = []
         self._prefetch = prefetch
         self._ahead: _Ahead | None = None
@@ -106,7 +112,8 @@ class Loader:
         """This data rank's rows of the next step, in sample order; the state moves on by a global batch.
 
         Raises:
-            UserError: a domain with a positive weight has not enough tokens for one window.
+            UserError: a domain with a positive weight has not enough tokens for one window, or has fewer
+                windows admitted than before.
         """
         assert plan.micro_batch * plan.micro_batches * self._data_ranks == plan.global_batch, plan
         step = _Step(
@@ -116,23 +123,24 @@ class Loader:
             plan.micro_batch,
             tuple(plan.domain_weights),
             plan.replayed,
+            self._admit(plan),
         )
         new_weights = not self._log or self._log[-1][1] != step.weights_D
         if new_weights:
             require_windows(self._corpus, self._split, self._seq_len, step.weights_D)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.step == step:
-            batch, counts_D = ahead.result()
+            batch, counts_D, clusters_D = ahead.result()
         else:
             if ahead is not None:
                 ahead.join()
-            batch, counts_D = self._read(step)
+            batch, counts_D, clusters_D = self._read(step)
         if new_weights:
             self._log = [*self._log[-_LOG:], (step.first_sample, step.weights_D)]
         self._samples += step.global_batch
-        self._counts_D = counts_D
+        self._counts_D, self._clusters_D = counts_D, clusters_D
         if self._prefetch:
-            guess = replace(step, first_sample=self._samples, counts_D=counts_D)
+            guess = replace(step, first_sample=self._samples, counts_D=counts_D, clusters_D=clusters_D)
             self._ahead = _Ahead(guess, self._read)
         return batch
 
@@ -174,15 +182,22 @@ class Loader:
 
         `samples` and `counts` resume the order; `mixture_log` holds [first sample, weights] of the last
         stretches of constant weights, and `epochs` is for the reader; `order` is what the counts refer to,
-        checked by `load_state_dict`.
+        checked by `load_state_dict`. Under a curriculum, `clusters` has [edge, visits] of each by domain.
         """
         epochs_D = self._counts_D // np.maximum(self._reader.windows_D, 1)
+        clusters = {}
+        if self._clusters_D is not None:
+            clusters["clusters"] = {
+                name: [list(pair) for pair in zip(one.edges, one.visits, strict=True)]
+                for name, one in zip(self._corpus.domains, self._clusters_D, strict=True)
+            }
         return {
             "samples": self._samples,
             "counts": dict(zip(self._corpus.domains, self._counts_D, strict=True)),
             "epochs": dict(zip(self._corpus.domains, epochs_D.tolist(), strict=True)),
             "mixture_log": [[first, list(weights_D)] for first, weights_D in self._log],
             "order": self._order(),
+            **clusters,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,7 +208,7 @@ class Loader:
                 would repeat some and skip others without a word.
         """
         for what, now in self._order().items():
-            then = state["order"][what]
+            then = state["order"].get(what)  # older states lack what no order depended on then
             if then != now:
                 raise UserError(
                     f"the checkpoint's data state, {what}",
@@ -205,6 +220,11 @@ class Loader:
         self._samples = int(state["samples"])
         self._counts_D = tuple(int(state["counts"][name]) for name in self._corpus.domains)
         self._log = [(int(first), tuple(weights_D)) for first, weights_D in state["mixture_log"]]
+        if self._clusters_D is not None:
+            self._clusters_D = tuple(
+                Clusters(tuple(edge for edge, _ in pairs), tuple(visits for _, visits in pairs))
+                for pairs in map(state["clusters"].get, self._corpus.domains)
+            )
 
     def close(self) -> None:
         """Waits for the read in progress, if any, and drops it."""
@@ -221,10 +241,26 @@ class Loader:
             "block": self._block,
             "order_seeds": self._plan.order_seeds,
             "columns": {name: column.fingerprint for name, column in self._plan.columns.items()},
+            "difficulty": self._plan.difficulty and self._plan.difficulty.fingerprint,
         }
 
+    def _admit(self, plan: StepPlan) -> tuple[Clusters, ...] | None:
+        """The clusters with what the plan admits."""
+        assert (plan.admitted is None) == (self._clusters_D is None), plan.admitted
+        if plan.admitted is None or self._clusters_D is None:
+            return None
+        for name, one, count in zip(self._corpus.domains, self._clusters_D, plan.admitted, strict=True):
+            if count < one.admitted:
+                raise UserError(
+                    f"the curriculum, domain {name}",
+                    f"{count} windows admitted for step {plan.step + 1}",
+                    f"at least the {one.admitted} of earlier steps, of this run or of the checkpoint",
+                    "a difficulty that never falls; resume with the pacing of the checkpoint",
+                )
+        return tuple(one.admit(count) for one, count in zip(self._clusters_D, plan.admitted, strict=True))
+
     def _read(self, step: _Step) -> _Read:
-        """The rows of this data rank, and the counts after the step. Changes nothing."""
+        """The rows of this data rank, and the state after the step. Changes nothing."""
         domain_G = mixture.draw(
             self._seed,
             step.first_sample,
@@ -235,14 +271,36 @@ class Loader:
         )
         counts_D = np.array(step.counts_D, np.int64)
         index_G = counts_D[domain_G] + mixture.occurrence(domain_G)
-        after_D = counts_D + np.bincount(domain_G, minlength=len(counts_D))
+        after_D = tuple((counts_D + np.bincount(domain_G, minlength=len(counts_D))).tolist())
 
         sample_G = np.arange(step.global_batch)
         mine = sample_G.reshape(-1, self._data_ranks, step.micro_batch)[:, self._data_rank].ravel()
         domain_B = domain_G[mine]
-        windows_B = self._reader.windows_D[domain_B]
-        window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
-        return self._reader.read(domain_B, window_B, step.first_sample + mine), tuple(after_D.tolist())
+        if step.clusters_D is None:
+            clusters_D = None
+            windows_B = self._reader.windows_D[domain_B]
+            window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
+        else:
+            window_B, clusters_D = self._draw(step.clusters_D, domain_G, index_G, mine)
+        batch = self._reader.read(domain_B, window_B, step.first_sample + mine)
+        return batch, after_D, clusters_D
+
+    def _draw(
+        self, clusters_D: tuple[Clusters, ...], domain_G: np.ndarray, index_G: np.ndarray, mine: np.ndarray
+    ) -> tuple[np.ndarray, tuple[Clusters, ...]]:
+        """The windows of the samples `mine`, drawn among those admitted, and the clusters after all of G."""
+        difficulty = self._plan.difficulty
+        assert difficulty is not None
+        parts, after_D = [], list(clusters_D)
+        for domain in np.unique(domain_G).tolist():
+            name, here = self._corpus.domains[domain], np.flatnonzero(domain_G == domain)
+            seed = self._plan.order_seeds.get(name, self._seed)
+            drawn, after_D[domain] = clusters_D[domain].draw(seed, name, index_G[here])
+            parts.append((here, drawn))
+        place_B = Drawn.gather(parts, len(domain_G), mine).place()
+        windows = difficulty.windows
+        pairs = zip(domain_G[mine].tolist(), place_B.tolist(), strict=True)
+        return np.array([windows[domain][place] for domain, place in pairs], np.int64), tuple(after_D)
 
 
 def require_windows(corpus: Corpus, split: str, seq_len: int, weights_D: Sequence[float]) -> None:
@@ -314,7 +372,7 @@ class WindowReader:
         self._columns = columns or {}
         self._streams = [corpus.domain(split, domain) for domain in range(len(corpus.domains))]
         self._eod, self._seq_len, self._packing = corpus.eod, seq_len, packing
-        self.windows_D = np.maximum(np.array(corpus.tokens(split), np.int64) - 1, 0) // seq_len
+        self.windows_D = np.array([window_count(n, seq_len) for n in corpus.tokens(split)], np.int64)
 
     def read(self, domain_B: np.ndarray, window_B: np.ndarray, sample_B: np.ndarray) -> Batch:
         """The batch of these windows; window -1 is padding, and so is what a short stream lacks."""

@@ -171,7 +171,11 @@ class Schedules:
         self._decay = self._total - self._position(max(0, self.total_steps - decay))
 
     def at(self, progress: Progress) -> StepPlan:
-        """The plan of the step that follows `progress`."""
+        """The plan of the step that follows `progress`.
+
+        The learning rate is that at the end of a step of whole sequences: where a technique changes their
+        length afterwards it is off by less than one step, as `progress` counts the tokens really computed.
+        """
         global_batch = self._ramp.at(progress.samples)
         if self._train.steps is not None:
             end = progress.step + 1

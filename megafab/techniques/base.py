@@ -66,6 +66,7 @@ RESOURCES = frozenset(
         "kept_tokens",
         "mixture",
         "replay",
+        "windows",  # which of a domain's windows are drawn
         "batch",  # on_batch: tokens, mask, extra
         "loss_terms",  # on_loss: terms beside the nll
         "token_weights",  # on_loss: weights of the nll

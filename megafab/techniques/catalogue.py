@@ -17,6 +17,8 @@ CLASSES = {
     "sample_reweighting": "megafab.techniques.sample_reweighting:SampleReweighting",
     "token_selection": "megafab.techniques.token_selection:TokenSelection",
     "token_dropping": "megafab.techniques.token_dropping:TokenDropping",
+    "curriculum": "megafab.techniques.curriculum:Curriculum",
+    "sequence_curriculum": "megafab.techniques.sequence_curriculum:SequenceCurriculum",
 }
 
 

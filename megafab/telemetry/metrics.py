@@ -99,7 +99,7 @@ class Telemetry:
         extra: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a step that is due, or that evaluated; other steps are ignored.
+        """Record a step that is due, that evaluated, or that was the last; other steps are ignored.
 
         Args:
             plan: what the step did.

@@ -114,7 +114,7 @@ def header_lines(header: Mapping[str, str]) -> list[str]:
 def step_line(row: Mapping[str, Any], total_steps: int) -> str:
     """A logged step in one line; MFU, skipped steps and validation loss only where there are any.
 
-    A step beyond the length that was expected stands without it.
+    A step beyond `total_steps`, which was an estimate then, does not quote it.
     """
     step = f"{row['step']:>{len(str(total_steps))}}"
     parts = [

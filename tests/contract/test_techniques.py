@@ -19,6 +19,8 @@ import torch
 from corpora import write_corpus
 from ranks import Ranks
 
+from data_pipeline import difficulty
+from data_pipeline.config import DifficultyConfig
 from megafab.checkpoint.config import CheckpointConfig
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig, EvalConfig
@@ -33,12 +35,17 @@ from megafab.techniques import catalogue
 from megafab.techniques.base import RESOURCES
 from megafab.techniques.bus import Bus
 from megafab.techniques.config import (
+    CurriculumConfig,
     DynamicLoadingConfig,
     EMAConfig,
     OnlineMixingConfig,
+    PacingConfig,
+    PacingShape,
     Population,
     ReplayConfig,
     SampleReweightingConfig,
+    SequenceCurriculumConfig,
+    SequenceMode,
     TechniquesConfig,
     TokenDroppingConfig,
     TokenSelectionConfig,
@@ -59,6 +66,12 @@ SETTINGS: dict[str, Any] = {
     "sample_reweighting": SampleReweightingConfig(temperature=4.0, warmup_steps=1, over=Population.batch),
     "token_selection": TokenSelectionConfig(reference="reference", keep=0.5, warmup_steps=1),
     "token_dropping": TokenDroppingConfig(start=4, steps=5, round_to=2, layers=(0, 1)),
+    # Clusters of 20, 40, ... 100 percent: they grow before and after the step of the save.
+    "curriculum": CurriculumConfig("rarity-16", pacing=PacingConfig(start=1, end=100, steps=5)),
+    # Lengths that all axes divide, one of which does not divide the 16 of the model.
+    "sequence_curriculum": SequenceCurriculumConfig(
+        SequenceMode.reshape, PacingConfig(PacingShape.step, levels=(4, 12, 16), last_steps=(2, 4))
+    ),
 }
 # Layouts that a rule refuses (config/technique_rules.py).
 REFUSED = {("token_dropping", "context2")}
@@ -183,6 +196,7 @@ PLAN_FIELDS = {
     "replayed": "replay",
     "kept_tokens": "kept_tokens",
     "mean_kept_tokens": "kept_tokens",
+    "admitted": "windows",
 }
 
 
@@ -214,6 +228,7 @@ class Lab:
         for domain, tokens in enumerate(corpus.tokens("train")):
             scores.write(domain, 0, 5 * generator.random(tokens))
         scores.finish(checkpoint="none", seq_len=16, packing="document")
+        difficulty.build(DifficultyConfig(path=str(self.data), seq_len=16, workers=1))
         self._done: dict[str, tuple[list[str], list[Row], Path]] = {}
 
     def run(

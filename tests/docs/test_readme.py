@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.config import check_difficulty
 from launch import cli
+from megafab.config import load, rules
 from megafab.engine import capabilities
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +62,26 @@ def test_the_model_readme_computes():
     names: dict = {}
     exec(snippet, names)
     assert names["flops"] > names["shape"].flops_per_token()
+
+
+def commands() -> list[str]:
+    """The command lines that the READMEs of data and techniques show."""
+    texts = ((ROOT / name / "README.md").read_text() for name in ("data_pipeline", "megafab/techniques"))
+    shown = (block for text in texts for block in blocks("bash", text))
+    return [line for block in shown for line in block.splitlines() if line.startswith("megafab ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_shown_commands_are_valid(command):
+    words = shlex.split(command, comments=True)[1:]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in cli.VERBS else words[0]
+    overrides = words[len(name.split()) :]
+    if "..." in overrides:
+        overrides.remove("...")
+        overrides += ["model=gpt_1_3b", "data.path=corpus", "train.steps=200000"]
+    verb = cli.VERBS[name]
+    config = load.compose(verb.load_schema(), verb.config, overrides)
+    if name == "train":
+        rules.check_all(config, ranks=1, corpus=None)
+    if name == "data difficulty":
+        check_difficulty(config)

@@ -38,7 +38,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_exists_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]):
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"megafab {name}: {VERBS[name].summary}\n")
     assert len(out.splitlines()) > 3
@@ -57,7 +57,7 @@ def test_help_of_train_lists_presets_and_keys(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
 def test_every_verb_with_a_configuration_refuses_unknown_keys(name: str, capsys: pytest.CaptureFixture[str]):
-    assert main([name, "zzzzzz=1"]) == 2
+    assert main([*name.split(), "zzzzzz=1"]) == 2
     captured = capsys.readouterr()
     assert "zzzzzz=1: found an unknown key" in captured.err
     assert captured.out == ""

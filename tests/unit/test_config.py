@@ -14,14 +14,24 @@ from megafab.config import load as loading
 from megafab.config.docs import key_docs
 from megafab.config.load import compose, config_directory, fingerprint, from_yaml, load, resolved_yaml
 from megafab.config.schema import Precision, RunConfig
-from megafab.config.tree import MISSING, build, default_tree, keys, nearest, to_tree
+from megafab.config.tree import (
+    MISSING,
+    annotation_of,
+    build,
+    default_tree,
+    keys,
+    nearest,
+    to_tree,
+    unwrap,
+)
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import MoEConfig, Norm
 from megafab.model.shape import ModelShape
-from megafab.techniques.config import EMAConfig, ZLossConfig
+from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
 
 BASE = ("model=llama_tiny", "data.path=corpus", "train.steps=20")
 CONF = config_directory()
+TECHNIQUES = sorted(field.name for field in dataclasses.fields(TechniquesConfig))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 
@@ -185,8 +195,8 @@ CHOICE_MISTAKES = {
     ),
     "technique=[ema,xxxx]": (
         "no technique named xxxx",
-        "one of ema, token_dropping, z_loss",
-        "technique=ema, for example",
+        f"one of {', '.join(TECHNIQUES)}",
+        f"technique={TECHNIQUES[0]}, for example",
     ),
     "optim=null": ("0 names", "one of adamw, lion, muon, soap", "choose one optim"),
     "schedule=[wsd,cosine]": ("2 names", "one of constant, cosine, linear, wsd", "choose one schedule"),
@@ -210,6 +220,13 @@ def test_each_mistaken_choice_has_its_line(override: str):
 def test_an_element_of_a_mapping_is_named_when_it_is_wrong():
     assert errors(*BASE, "data.mixture={a: b}") == [
         line("data.mixture.a=b", "text b", "a number", "give data.mixture.a a number")
+    ]
+
+
+def test_a_technique_may_have_a_key_without_a_default():
+    assert errors(*BASE, "technique=[curriculum]") == [
+        "techniques.curriculum.difficulty: found no value, expected text. "
+        "Fix: add techniques.curriculum.difficulty=... to the command"
     ]
 
 
@@ -261,6 +278,9 @@ def test_yaml_round_trip_gives_the_same_objects(tmp_path: Path):
     assert techniques.pop("ema") == {"decay": 0.999, "every": 1, "evaluate": True}
     assert techniques
     assert not any(techniques.values())
+    assert yaml.safe_load(path.read_text())["techniques"] == dict.fromkeys(TECHNIQUES) | {
+        "ema": {"decay": 0.999, "every": 1, "evaluate": True},
+    }
 
 
 @pytest.mark.parametrize(
@@ -343,7 +363,11 @@ def test_every_recipe_composes(name: str):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "technique").glob("*.yaml")))
 def test_every_technique_file_switches_its_own_section_on(name: str):
-    techniques = to_tree(load([*BASE, f"technique=[{name}]"]).techniques)
+    section = unwrap(annotation_of(TechniquesConfig, name))[0]
+    needed = [
+        f"techniques.{name}.{key}=x" for key, value in default_tree(section).items() if value == MISSING
+    ]
+    techniques = to_tree(load([*BASE, f"technique=[{name}]", *needed]).techniques)
     assert [key for key, value in techniques.items() if value is not None] == [name]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import math
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,22 @@ from megafab.config.rule import CorpusFacts
 from megafab.config.rules import RuleErrors, check_all, corpus_facts
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
+from megafab.data.derived import DIFFICULTY
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
 from megafab.optim.config import Count, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
 from megafab.techniques.config import (
+    CurriculumConfig,
+    DifficultyKind,
     DynamicLoadingConfig,
     EMAConfig,
     OnlineMixingConfig,
+    PacingConfig,
+    PacingShape,
     ReplayConfig,
     Reward,
     SampleReweightingConfig,
+    SequenceCurriculumConfig,
     TokenDroppingConfig,
     TokenSelectionConfig,
 )
@@ -41,6 +51,35 @@ BASE = RunConfig(
 RULES = (*rules.RULES, *technique_rules.RULES)
 DROPPING = TokenDroppingConfig(start=16, steps=10, round_to=4)  # of 32 tokens
 CORPUS = CorpusFacts("corpus", vocab_size=1000, tokens={"books": 5000, "code": 900})
+PACING = PacingConfig(start=8, end=32, steps=50, round_to=8)
+
+
+SEQUENCES = "techniques.sequence_curriculum.pacing"
+STEPS = {"shape": PacingShape.step, "levels": (8.0, 16.0, 32.0), "last_steps": (5, 9)}
+
+
+@cache
+def index() -> str:
+    """The path of an index of difficulty that fits BASE and CORPUS: no more than its manifest."""
+    directory = tempfile.mkdtemp(prefix="megafab-index-")
+    atexit.register(shutil.rmtree, directory)
+    content = {"corpus": CORPUS.fingerprint, "metric": "rarity", "seq_len": 32, "windows": {}}
+    DIFFICULTY.write(Path(directory), content)
+    return directory
+
+
+def curriculum(**pacing: Any) -> dict[str, Any]:
+    """By threshold, with a pacing that is fine but for what is given."""
+    changed = dataclasses.replace(PACING, **pacing)
+    return {"techniques.curriculum": CurriculumConfig("none", DifficultyKind.threshold, changed)}
+
+
+def sequences(**pacing: Any) -> dict[str, Any]:
+    changed = dataclasses.replace(PACING, **pacing)
+    return {"techniques.sequence_curriculum": SequenceCurriculumConfig(pacing=changed)}
+
+
+RULES = (*rules.RULES, *technique_rules.RULES)
 
 
 def change(config: Any, changes: dict[str, Any]) -> Any:
@@ -192,6 +231,89 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("counted-tokens", {"train.count": Count.layer_tokens}, 1),
         "train.count=layer_tokens: found train.steps=100, expected train.tokens, which it says how to count. "
         "Fix: train.tokens in place of train.steps, or leave train.count out",
+        *("technique-range", sequences(shape=PacingShape.root, degree=0.0), 1),
+        "techniques.sequence_curriculum.pacing.degree=0: found 0, expected more than 0. "
+        "Fix: give techniques.sequence_curriculum.pacing.degree a value more than 0",
+    ),
+    (
+        *("pacing-keys", sequences(shape=PacingShape.root), 1),
+        "techniques.sequence_curriculum.pacing.degree: found nothing, expected a value, for "
+        "techniques.sequence_curriculum.pacing.shape=root. "
+        "Fix: give techniques.sequence_curriculum.pacing.degree a value",
+    ),
+    (
+        *("pacing-keys", sequences(degree=2.0), 1),
+        f"{SEQUENCES}.degree: found {SEQUENCES}.shape=linear, expected no value: it takes start, end, steps. "
+        f"Fix: {SEQUENCES}.degree=null, or {SEQUENCES}.shape=root",
+    ),
+    (
+        *("pacing-keys", sequences(start=None, end=None, steps=None, **STEPS), 1),
+        f"{SEQUENCES}.round_to=8: found {SEQUENCES}.shape=step, expected levels as they are. "
+        f"Fix: leave {SEQUENCES}.round_to out",
+    ),
+    (
+        *("pacing", sequences(steps=0), 1),
+        "techniques.sequence_curriculum.pacing.steps=0: found 0, expected at least 1. "
+        "Fix: techniques.sequence_curriculum.pacing.steps=1000",
+    ),
+    (
+        *("pacing", sequences(start=math.inf), 1),
+        "techniques.sequence_curriculum.pacing.start=inf: found inf, expected a number. "
+        "Fix: give techniques.sequence_curriculum.pacing.start numbers",
+    ),
+    (
+        *("pacing", sequences(start=24, end=16), 1),
+        "techniques.sequence_curriculum.pacing.start=24: found 16 after it, "
+        "expected no less: a difficulty never falls. Fix: give them from the easiest to the hardest",
+    ),
+    (
+        *(
+            "pacing",
+            sequences(start=None, end=None, steps=None, round_to=1.0, **{**STEPS, "last_steps": (5,)}),
+            1,
+        ),
+        "techniques.sequence_curriculum.pacing.last_steps=[5]: found 1 for 3 levels, "
+        "expected one for each level but the last. Fix: give techniques.sequence_curriculum.pacing.levels "
+        "one entry more than techniques.sequence_curriculum.pacing.last_steps",
+    ),
+    (
+        *(
+            "pacing",
+            sequences(start=None, end=None, steps=None, round_to=1.0, **{**STEPS, "last_steps": (5, 5)}),
+            1,
+        ),
+        "techniques.sequence_curriculum.pacing.last_steps=[5, 5]: found [5, 5], "
+        "expected growing numbers from 1 on. Fix: give them in order",
+    ),
+    (
+        *("pacing", sequences(shape=PacingShape.custom, steps=None, function="mine.py"), 1),
+        "techniques.sequence_curriculum.pacing.function=mine.py: found no name of a function, "
+        "expected package.module:function. Fix: name it as package.module:function",
+    ),
+    (
+        "curriculum-percent",
+        {"techniques.curriculum": CurriculumConfig(index(), pacing=dataclasses.replace(PACING, end=101.0))},
+        1,
+        "techniques.curriculum.pacing.end=101: found 101, expected more than 0 and at most 100 percent. "
+        "Fix: give percent, or techniques.curriculum.kind=threshold",
+    ),
+    (
+        *("curriculum-index", curriculum(), 1),
+        "techniques.curriculum.difficulty=none: found no such directory (corpus/difficulty/none), "
+        "expected a finished megafab-difficulty. "
+        "Fix: make one: megafab data difficulty path=corpus seq_len=32 metric=rarity",
+    ),
+    (
+        *("sequence-curriculum-length", sequences(end=40), 1),
+        "techniques.sequence_curriculum.pacing.end=40: found 40, "
+        "expected a whole number from 1 to model.seq_len=32. "
+        "Fix: give techniques.sequence_curriculum.pacing.end such a number",
+    ),
+    (
+        *("sequence-curriculum-length", sequences(round_to=1.0) | {"parallel.context": 2}, 2),
+        "techniques.sequence_curriculum.pacing.round_to=1: found 1, expected a whole number from 1 to "
+        "model.seq_len=32 that is a multiple of 4, to be split over parallel.context=2 (allgather). "
+        "Fix: give techniques.sequence_curriculum.pacing.round_to such a number",
     ),
     (
         *("head-size", {"model.hidden": 68, "model.position": Position.learned}, 1),
@@ -837,7 +959,8 @@ def test_the_manifest_the_data_pipeline_writes_has_the_facts(tmp_path: Path):
     write_manifest(tmp_path, {"tokenizer": tokenizer, "domains": [{"name": "web", "splits": splits}]})
     corpus = Corpus.open(tmp_path)
     facts = corpus_facts(change(BASE, {"data.path": str(tmp_path)}))
-    assert facts == CorpusFacts(str(tmp_path), corpus.vocab_size, {"web": corpus.tokens("train")[0]})
+    tokens = {"web": corpus.tokens("train")[0]}
+    assert facts == CorpusFacts(str(tmp_path), corpus.vocab_size, tokens, corpus.fingerprint)
     assert facts.tokens == {"web": 200}
 
 
@@ -871,3 +994,28 @@ def test_a_corpus_without_tokens_is_refused(tmp_path: Path):
     domains = [{"name": "web", "splits": {"train": {"tokens": 0}}}]
     (found,) = lines(manifest(tmp_path, {"tokenizer": {"vocab_size": 512}, "domains": domains}))
     assert found.startswith(f"[domain-length] data.path={tmp_path}: found no training tokens, expected some.")
+
+
+def test_an_index_of_difficulty_belongs_to_a_corpus_and_a_length():
+    changes = {"techniques.curriculum": CurriculumConfig(index(), DifficultyKind.threshold, PACING)}
+    assert violations(changes) == []
+    (found,) = violations(changes, corpus=dataclasses.replace(CORPUS, fingerprint="4567"))
+    assert f"[curriculum-index] techniques.curriculum.difficulty={index()}: " in found
+    assert "expected one of the corpus 4567" in found
+    (found,) = violations(changes | {"model.seq_len": 16})
+    assert "found windows of 32 tokens, expected windows of model.seq_len=16." in found
+
+
+@pytest.mark.parametrize(
+    ("pacing", "parallel", "ranks"),
+    [
+        ({}, {"parallel.context": 2}, 2),
+        ({}, {"parallel.tensor": 2, "parallel.sequence": True}, 2),
+        ({"round_to": 1.0}, {"parallel.pipeline": 2}, 2),
+        ({"start": None, "end": None, "steps": None, "round_to": 1.0} | STEPS, {"parallel.tensor": 2}, 2),
+        ({"shape": PacingShape.root, "degree": 2.0}, {}, 1),
+        ({"shape": PacingShape.custom, "steps": None, "function": "mine:stairs"}, {}, 1),
+    ],
+)
+def test_a_pacing_that_fits_passes(pacing: dict[str, Any], parallel: dict[str, Any], ranks: int):
+    assert violations(sequences(**pacing) | parallel, ranks) == []

@@ -220,6 +220,16 @@ def test_sinks_are_called_on_due_steps_only():
     assert sink.calls == ["open 0", "record 5", "record 10", "record 12", "message done", "close"]
 
 
+def test_the_last_step_is_recorded_wherever_the_run_ends():
+    sink = Memory()
+    target = telemetry(sink, log_every=5, total_steps=12)
+    target.start(Progress())
+    for step in range(1, 8):
+        record(target, step, last=step == 7)
+    target.close()
+    assert sink.calls == ["open 0", "record 5", "record 7", "close"]
+
+
 def test_a_step_that_evaluated_is_recorded_though_not_due():
     sink = Memory()
     target = telemetry(sink, log_every=5)
@@ -400,6 +410,7 @@ def test_step_line():
         "step   120/10000 | loss 3.2146 | lr 3.00e-04 | norm 0.532 | 12.3k tok/s | 1.234 s/step"
     )
     full = row(9, mfu=0.4123, skipped=2, valid_loss=3.30124, loss=math.nan)
+    assert step_line(row(12), 9).startswith("step 12 | loss "), "9 was an estimate"
     assert step_line(full, 9) == (
         "step 9/9 | loss nan | lr 3.00e-04 | norm 0.532 | 12.3k tok/s | 1.234 s/step"
         " | MFU 41.2% | skipped 2 | valid 3.3012"

@@ -94,6 +94,8 @@ class Diary:
         self.note("bus.schedule")
         return plan
 
+    reads_evaluation = False
+
     def limit(self, plan: StepPlan) -> StepPlan:
         self.note("limit")
         return plan
@@ -116,7 +118,7 @@ class Diary:
     def step(self, plan: StepPlan, outcome: StepOutcome, ledger: LossLedger, weights: Any) -> None:
         self.note("bus.step")
 
-    def eval(self, entering: bool, weights: Any) -> None:
+    def eval(self, entering: bool, weights: Any, losses: Any = None) -> None:
         self.note(f"bus.eval({entering})")
 
     def metrics(self, report: Any) -> dict[str, dict[str, float]]:

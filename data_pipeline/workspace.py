@@ -1,0 +1,94 @@
+"""Where something is built: a directory beside the result, which appears by one rename when it is complete.
+
+A build that was killed continues: what it finished is kept as long as the request is the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data_pipeline.pool import Interrupted
+from megafab.errors import UserError
+
+_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+
+
+@contextmanager
+def outages_interrupt(out: Path) -> Generator[None]:
+    """What the machine failed at (disk full, no permission) is an `Interrupted` that can be continued."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        where = str(error.filename or out)
+        fix = "mend that and run the same command again, it continues where it stopped"
+        raise Interrupted(
+            where, f"'{os.strerror(error.errno)}'", "readable input, room for output", fix
+        ) from None
+
+
+class Workspace:
+    """The directory beside `out` where a build happens. One build at a time; kept when it is interrupted.
+
+    `pieces` has its finished parts, `result` what `publish` gives the name of `out`.
+    """
+
+    def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
+        self._out = out = out.absolute()
+        self.root = out.with_name(f".{out.name}.building")
+        self.pieces, self.result = self.root / "pieces", self.root / "result"
+        self._request = json.dumps(request)
+
+    def __enter__(self) -> Workspace:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.root / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found, fix = "another build at work there", "wait for it, or stop it"
+            raise UserError(str(self.root), found, "one at a time", fix) from None
+        request = self.root / "request.json"
+        leftovers = request.read_text() if request.exists() else None
+        if leftovers is not None and leftovers != self._request:
+            print(f"{self.root} has leftovers of a build of another request: starting over")
+            self._clear()
+        elif leftovers is not None:
+            print(f"continuing the interrupted build in {self.root}")
+        self.pieces.mkdir(exist_ok=True)
+        for part in self.pieces.glob("*.tmp"):
+            part.unlink()
+        shutil.rmtree(self.result, ignore_errors=True)
+        request.write_text(self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After bad input the next request is another one: the input, or the configuration, has to change.
+        if kind is None or (issubclass(kind, UserError) and not issubclass(kind, Interrupted)):
+            shutil.rmtree(self.root)
+        self._lock.close()
+
+    def publish(self) -> None:
+        """Give the finished result its name. A reader finds the old one, none, or the new one."""
+        old = self._out.with_name(f".{self._out.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if self._out.exists():
+            os.replace(self._out, old)
+        os.replace(self.result, self._out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _clear(self) -> None:
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
