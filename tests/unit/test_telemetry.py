@@ -505,8 +505,10 @@ def test_a_terminal_gets_a_bar_and_a_log_does_not(tmp_path: Path):
     sink = Terminal(tmp_path, 10, {}, stream)
     sink.open(4)
     sink.record(StepRecord(row(5)))
+    sink.record(StepRecord(row(12)))  # more steps than were expected
     sink.close()
     assert "5/10" in stream.getvalue()
+    assert "12/12" in stream.getvalue()
     assert "ETA" in stream.getvalue()
     assert "12.3k tok/s" in stream.getvalue()
     assert "ETA" not in (tmp_path / "log.txt").read_text()
