@@ -276,23 +276,35 @@ class Loader:
         sample_G = np.arange(step.global_batch)
         mine = sample_G.reshape(-1, self._data_ranks, step.micro_batch)[:, self._data_rank].ravel()
         domain_B = domain_G[mine]
-        if step.clusters_D is None:
-            clusters_D = None
-            windows_B = self._reader.windows_D[domain_B]
-            window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
-        else:
-            window_B, clusters_D = self._draw(step.clusters_D, domain_G, index_G, mine)
+        windows_B = self._reader.windows_D[domain_B]
+        window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
+        clusters_D = step.clusters_D
+        if clusters_D is not None:
+            # What is replayed keeps the order it was first read in.
+            easy_B = ~np.isin(domain_B, step.replayed)
+            window_B[easy_B], clusters_D = self._draw(
+                clusters_D, domain_G, index_G, mine[easy_B], spared=step.replayed
+            )
         batch = self._reader.read(domain_B, window_B, step.first_sample + mine)
         return batch, after_D, clusters_D
 
     def _draw(
-        self, clusters_D: tuple[Clusters, ...], domain_G: np.ndarray, index_G: np.ndarray, mine: np.ndarray
+        self,
+        clusters_D: tuple[Clusters, ...],
+        domain_G: np.ndarray,
+        index_G: np.ndarray,
+        mine: np.ndarray,
+        *,
+        spared: Sequence[int],
     ) -> tuple[np.ndarray, tuple[Clusters, ...]]:
-        """The windows of the samples `mine`, drawn among those admitted, and the clusters after all of G."""
+        """The windows of the samples `mine`, drawn among those admitted, and the clusters after all of G.
+
+        Domains in `spared` are not drawn from, and have none of `mine`.
+        """
         difficulty = self._plan.difficulty
         assert difficulty is not None
         parts, after_D = [], list(clusters_D)
-        for domain in np.unique(domain_G).tolist():
+        for domain in np.setdiff1d(domain_G, spared).tolist():
             name, here = self._corpus.domains[domain], np.flatnonzero(domain_G == domain)
             seed = self._plan.order_seeds.get(name, self._seed)
             drawn, after_D[domain] = clusters_D[domain].draw(seed, name, index_G[here])

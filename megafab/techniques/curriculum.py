@@ -9,7 +9,7 @@ step t (`pacing.py`), a domain of W windows sorted from easy to hard admits
 
 and the samples of the step are drawn uniformly from them, without repetition inside what was admitted at one
 time (`data/clusters.py`). Each domain has a curriculum of its own: the mixture, which decides which domain a
-sample comes from, comes first and keeps its shares.
+sample comes from, comes first and keeps its shares. Replayed domains have none: they keep their first order.
 
 There is no state here: what is admitted follows from the step, what was drawn is the loader's.
 """
@@ -64,7 +64,8 @@ class Curriculum(Technique):
             self._at = difficulty, self._admitted(difficulty)
         admitted = self._at[1]
         for domain, weight in enumerate(plan.domain_weights):
-            if weight > 0 and admitted[domain] == 0:
+            replayed = self.facts.domains[domain] in self.facts.fixed
+            if weight > 0 and admitted[domain] == 0 and not replayed:
                 self._refuse_empty(domain, difficulty)
         return replace(plan, admitted=admitted)
 

@@ -153,6 +153,24 @@ def test_one_cluster_visits_every_window_once_an_epoch(corpus: Corpus, index: Di
         assert epochs[0] != epochs[1]
 
 
+def test_a_replayed_domain_keeps_its_first_order(corpus: Corpus, index: DifficultyIndex) -> None:
+    """Whatever is admitted of it: sample k of it is what it was in a run without a curriculum."""
+    loader = make_loader(corpus, index)
+    batches = [loader.take(replace(plan(step, (1, 3 + step)), replayed=(0,))) for step in range(20)]
+    plain = Loader(
+        corpus, split="train", seed=SEED, seq_len=SEQ_LEN, packing=Packing.document,
+        data_rank=0, data_ranks=1, prefetch=False,
+    )  # fmt: skip
+    first = [replace(plan(step, None), domain_weights=(1.0, 0.0)) for step in range(20)]
+    want = [window for step in first for window in windows_of(corpus, plain.take(step))]
+    found = [pair for batch in batches for pair in windows_of(corpus, batch)]
+    old = [pair for pair in found if pair[0] == 0]
+    assert old == want[: len(old)]
+    easy = set(index.windows[1][:22].tolist())
+    assert {window for domain, window in found if domain == 1} <= easy
+    assert loader.state_dict()["clusters"]["books"] == [[1, 0]]
+
+
 def test_every_admitted_window_is_equally_likely(corpus: Corpus, index: DifficultyIndex) -> None:
     """Chi-square over 25 windows that were admitted in three clusters: below the 99.9 % point of 24 degrees.
 

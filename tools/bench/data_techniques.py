@@ -52,6 +52,7 @@ TURNS, TURN_STEPS = 4, 24  # of a cost
 def cases(steps: int, reference: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
     """The overrides of every case; `reference` are losses by domain for those that want them."""
     losses = "{" + ", ".join(f"{name}: {loss:.4f}" for name, loss in reference.items()) + "}"
+    half = steps // 2
     mixing, warmup = "techniques.online_mixing", f"warmup_steps={steps // 10}"
     return {
         "static, by tokens": (),
@@ -75,12 +76,12 @@ def cases(steps: int, reference: Mapping[str, float]) -> dict[str, tuple[str, ..
             "techniques.token_selection.reference=reference",
         ),
         "curriculum, rarity": (
-            *("technique=[curriculum]", "techniques.curriculum.difficulty=rarity"),
-            f"techniques.curriculum.pacing.steps={steps // 2}",
+            *("technique=[curriculum]", f"techniques.curriculum.difficulty=rarity-{SEQ_LEN}"),
+            f"techniques.curriculum.pacing={{shape: root, degree: 2, start: 10, end: 100, steps: {half}}}",
         ),
         "sequence_curriculum, truncate": (
-            *("technique=[sequence_curriculum]", "techniques.sequence_curriculum.pacing.start=32"),
-            *(f"techniques.sequence_curriculum.pacing.steps={steps // 2}",),
+            "technique=[sequence_curriculum]",
+            f"techniques.sequence_curriculum.pacing={{start: 32, end: 128, steps: {half}, round_to: 8}}",
         ),
         "token_dropping": (
             *("technique=[token_dropping]", "techniques.token_dropping.start=32"),
@@ -94,7 +95,10 @@ COSTS = {
     "online_mixing": ("technique=[online_mixing]", "techniques.online_mixing.warmup_steps=0"),
     "sample_reweighting": ("technique=[sample_reweighting]", "techniques.sample_reweighting.warmup_steps=0"),
     "token_selection": ("technique=[token_selection]", "techniques.token_selection.reference=reference"),
-    "curriculum": ("technique=[curriculum]", "techniques.curriculum.difficulty=rarity"),
+    "curriculum": (
+        *("technique=[curriculum]", f"techniques.curriculum.difficulty=rarity-{SEQ_LEN}"),
+        "techniques.curriculum.pacing={{start: 10, end: 100, steps: 1000}}",
+    ),
 }
 
 
@@ -274,7 +278,7 @@ def _prepare(corpus: Path, reference: Path) -> None:
     from launch import cli
 
     assert cli.main(["score", f"checkpoint={reference}", "name=reference", "workers=2"]) == 0
-    assert cli.main(["data", "difficulty", f"corpus={corpus}", "metric=rarity", f"seq_len={SEQ_LEN}"]) == 0
+    assert cli.main(["data", "difficulty", f"path={corpus}", "metric=rarity", f"seq_len={SEQ_LEN}"]) == 0
 
 
 def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
