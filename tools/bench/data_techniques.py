@@ -255,14 +255,14 @@ def compare(
 
     def one(name: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
         run_dir = scratch / f"{prefix}{name}-{seed}".replace(" ", "_").replace(",", "")
-        more = (f"train.seed={seed}", f"train.steps={steps}", f"eval.every={max(1, steps // 20)}")
+        more = (f"train.seed={seed}", f"train.steps={steps}", f"eval.every={max(1, steps // 10)}")
         where = str(corpus), str(scratch), str(run_dir), ",".join(real)
         found = common.run(__file__, "--child", "case", *where, *more, *overrides)
         print(f"{prefix}{name}, seed {seed}: {found['loss']:.4f}", file=sys.stderr, flush=True)
         return found
 
     first = one("reference", (), 0)
-    _prepare(corpus, scratch / f"{prefix}reference-0")
+    _prepare(corpus, scratch / f"{prefix}reference-0".replace(" ", "_"))
     wanted = {n: o for n, o in cases(steps, first["domains"]).items() if not only or n in only}
     pairs = [(name, seed) for seed in range(1, seeds + 1) for name in wanted]
     with ThreadPoolExecutor(2) as pool:
