@@ -14,8 +14,9 @@ algorithm as printed, with losses; as e_t falls it comes to the uniform mixture,
 `reward_scale` makes up for it.
 
 A loss says how hard a domain is, not what can be learnt from it: random bytes have the highest loss there is
-and take the mixture over. `reward: excess` over a reference model's loss, or `decrease`, which is what
-training has gained there, do not reward what cannot be learnt.
+and take the mixture over. The `excess` over a reference model's loss does not reward what cannot be learnt; in
+`released` it is the perplexity over the reference's, at least 1, so that domains that have come to their
+references are alike instead of compared by what noise is left.
 
 During warm-up the mixture stays as it is; rewards are averaged all the same, since a domain without one would
 start at the bottom.
@@ -81,7 +82,8 @@ class OnlineMixing(MixingPolicy):
         if self._reward is Reward.bits_per_byte:
             return loss / math.log(2) * self._tokens_per_byte[name]
         if self._reward is Reward.excess:
-            return max(0.0, loss - self.config.reference[name])
+            excess = max(0.0, loss - self.config.reference[name])
+            return math.exp(excess) if self._released else excess
         if self._reward is Reward.decrease:
             before = self._losses.get(name)
             self._losses[name] = self._mean(before, loss)

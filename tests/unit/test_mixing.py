@@ -127,7 +127,12 @@ def test_one_bad_batch_does_not_poison_the_rewards():
         (
             MixingMode.released,
             {"reward": Reward.excess, "reference": {"a": 1.5, "b": 2.0, "c": 0.0, "d": 0.0}},
-            {"a": 0.0, "b": 1.0},
+            {"a": 1.0, "b": math.e},  # the perplexity over the reference's
+        ),
+        (
+            MixingMode.paper,
+            {"reward": Reward.excess, "reference": {"a": 1.5, "b": 2.0, "c": 0.0, "d": 0.0}},
+            {"a": 0.0, "b": 4.0},
         ),
     ],
 )
