@@ -14,8 +14,8 @@ algorithm as printed, with losses; as e_t falls it comes to the uniform mixture,
 `reward_scale` makes up for it.
 
 A loss says how hard a domain is, not what can be learnt from it: random bytes have the highest loss there is
-and take the mixture over. The `excess` over a reference model's loss does not reward what cannot be learnt; in
-`released` it is the perplexity over the reference's, at least 1, so that domains that have come to their
+and take the mixture over. The `excess` over a reference model's loss does not reward what cannot be learnt;
+in `released` it is the perplexity over the reference's, at least 1, so that domains that have come to their
 references are alike instead of compared by what noise is left.
 
 During warm-up the mixture stays as it is; rewards are averaged all the same, since a domain without one would

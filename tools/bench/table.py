@@ -1,7 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
-        [engines] [token_dropping]
+        [engines] [token_dropping] [data_techniques]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import checkpoint
 import common
+import data_techniques
 import engines
 import optimizers
 import overhead
@@ -57,6 +58,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "optimizers": optimizers.report,
     "engines": engines.report,
     "token_dropping": token_dropping.report,
+    "data_techniques": data_techniques.report,
 }
 
 
