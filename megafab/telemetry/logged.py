@@ -115,9 +115,12 @@ def summary(run: LoggedRun) -> dict[str, Any]:
     """A run in numbers: where it stands, how fast it was, what it cost. None where nothing is known."""
     last = run.rows[-1]
     valid = run.known("valid_loss")
+    layer_tokens = last.get("layer_tokens")
     return {
         "steps": last["step"],
         "tokens": last.get("tokens"),
+        "layer_tokens": None if layer_tokens == last.get("tokens") else layer_tokens,
+        "flops": last.get("flops"),
         "train_loss": _last(run.known("loss")),
         "valid_loss": _last(valid),
         "best_valid_loss": min(valid, default=None),

@@ -30,7 +30,8 @@ from megafab.telemetry.terminal import short
 
 # What `Telemetry` writes itself; every other key of a row is the name of a technique.
 ROW_KEYS = frozenset(
-    ("step", "samples", "tokens", "loss", "grad_norm", "lr", "global_batch", "seq_len", "skipped")
+    ("step", "samples", "tokens", "layer_tokens", "flops", "loss", "grad_norm", "lr", "global_batch")
+    + ("seq_len", "skipped")
     + ("tokens_per_second", "step_seconds", "mfu", "wall_seconds", "evaluate_seconds", "checkpoint_seconds")
     + ("seconds", "time", "domain_loss", "domain_weight", "valid_loss", "valid_domain_loss", "verdict")
     + ("session", "nonfinite")
@@ -116,6 +117,8 @@ def _outcome(run: LoggedRun) -> dict[str, str]:
     formats: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("steps", "steps", lambda v: f"{v:,}"),
         ("tokens", "tokens", lambda v: f"{v:,}"),
+        ("tokens of the mean layer", "layer_tokens", lambda v: f"{v:,}"),
+        ("model FLOPs", "flops", lambda v: f"{v:.3g}"),
         ("train loss", "train_loss", lambda v: f"{v:.4f}"),
         ("validation loss", "valid_loss", lambda v: f"{v:.4f}"),
         ("best validation loss", "best_valid_loss", lambda v: f"{v:.4f}"),

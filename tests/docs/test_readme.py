@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,13 @@ def test_shown_commands_are_valid(command):
         rules.check_all(config, ranks=1, corpus=None)
     if name == "data difficulty":
         check_difficulty(config)
+
+
+def test_the_quickstart_of_the_other_engine_has_a_place_of_its_own():
+    command = ["make", "-n", "quickstart", "ENGINE=deepspeed", "ARGS=train.steps=7"]
+    shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    arguments = "recipe=quickstart engine=deepspeed run.dir=runs/quickstart_deepspeed train.steps=7"
+    assert f"megafab train {arguments}\n" in shown
+    assert "megafab generate checkpoint=runs/quickstart_deepspeed " in shown
+    config = load.load([*arguments.split(), "data.path=corpus"])
+    rules.check_all(config, ranks=config.launch.ranks, corpus=None)

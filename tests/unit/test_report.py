@@ -38,6 +38,8 @@ def write_run(directory: Path, losses: list[float] = LOSSES, lr: float = 1e-3, *
         row = {
             "step": 10 * (i + 1),
             "tokens": 1000 * (i + 1),
+            "layer_tokens": 900 * (i + 1),
+            "flops": 2.5e6 * (i + 1),
             "loss": loss,
             "grad_norm": 1.0 + i,
             "lr": lr / (i + 1),
@@ -111,6 +113,8 @@ def test_summary_in_numbers(tmp_path: Path):
     assert summary(load_run(write_run(tmp_path / "a"), "a")) == {
         "steps": 40,
         "tokens": 4000,
+        "layer_tokens": 3600,
+        "flops": 1e7,
         "train_loss": 2.5,
         "valid_loss": 3.0,
         "best_valid_loss": 3.0,
@@ -135,6 +139,8 @@ def test_page_shows_the_summary(tmp_path: Path):
         "topology": "2 ranks",
         "steps": "40",
         "tokens": "4,000",
+        "tokens of the mean layer": "3,600",
+        "model FLOPs": "1e+07",
         "train loss": "2.5000",
         "validation loss": "3.0000",
         "best validation loss": "3.0000",
