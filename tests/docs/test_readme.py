@@ -89,9 +89,9 @@ def test_shown_commands_are_valid(command):
 
 
 def test_the_quickstart_of_the_other_engine_has_a_place_of_its_own():
-    command = ["make", "-n", "quickstart", "ENGINE=deepspeed", "ARGS=train.steps=7"]
+    command = ["make", "-n", "quickstart", "ENGINE=deepspeed", "ARGS=train.steps=70"]
     shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    arguments = "recipe=quickstart engine=deepspeed run.dir=runs/quickstart_deepspeed train.steps=7"
+    arguments = "recipe=quickstart engine=deepspeed run.dir=runs/quickstart_deepspeed train.steps=70"
     assert f"megafab train {arguments}\n" in shown
     assert "megafab generate checkpoint=runs/quickstart_deepspeed " in shown
     config = load.load([*arguments.split(), "data.path=corpus"])
