@@ -102,7 +102,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         config.run,
         config.tracking,
         config=plain,
-        header=_header(config, shape, mesh, corpus, weights, engine.memory()),
+        header=_header(config, shape, mesh, corpus, weights, engine.memory(), schedules.describe()),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
         peak_flops=peak * ranks if peak else None,
@@ -234,6 +234,7 @@ def _header(
     corpus: Corpus,
     weights: tuple[float, ...],
     memory: Memory,
+    schedule: str,
 ) -> Mapping[str, str]:
     """What the reader of the terminal and the log wants to know first."""
     tokens = corpus.tokens("train")
@@ -247,6 +248,7 @@ def _header(
         "optimizer state",
         "FLOPs": f"{shape.flops_per_token():.3g} a token, "
         f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
+        "schedule": schedule,
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
         "run": config.run.dir,
     }

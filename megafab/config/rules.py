@@ -33,7 +33,7 @@ from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
-from megafab.optim.config import WHOLE_MATRICES, Count, OptimName, ScheduleKind
+from megafab.optim.config import WHOLE_MATRICES, Count, Fall, OptimName, ScheduleKind
 from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
@@ -143,7 +143,10 @@ _RANGES = (
     positive("optim.muon.adamw_lr_ratio"),
     below_one("optim.soap.shampoo_beta"),
     not_negative("schedule.warmup"),
+    not_negative("schedule.cooldown"),
     not_negative("schedule.decay"),
+    Range("schedule.start_ratio", 0, 1, "between 0 and 1"),
+    Range("schedule.constant_ratio", 0, 1, "more than 0 and at most 1", open_low=True),
     Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
     not_negative("data.temperature"),
     positive("data.max_epochs"),
@@ -582,13 +585,44 @@ def _total_steps(facts: Facts) -> int | None:
     return ramp.steps_until(-(-(train.tokens or 0) // facts.config.model.seq_len))
 
 
+_SCHEDULE_KEYS = {  # what a kind of schedule has beside the warm-up, and what of it must be given
+    ScheduleKind.wsd: (("decay", "decay_shape"), ("decay",)),
+    ScheduleKind.infinite: (
+        ("cooldown", "cooldown_shape", "constant_ratio", "decay", "decay_shape"),
+        ("cooldown", "constant_ratio"),
+    ),
+}
+
+
+@rule("schedule-keys", relates=False)
+def _schedule_keys(facts: Facts) -> Iterator[Violation]:
+    schedule = facts.config.schedule
+    kind, (known, needed) = schedule.kind, _SCHEDULE_KEYS.get(schedule.kind, ((), ()))
+    for key in ("cooldown", "cooldown_shape", "constant_ratio", "decay", "decay_shape"):
+        value = value_at(schedule, key)
+        if value is not None and key not in known:
+            shown, fix = getattr(value, "value", value), f"schedule.{key}=null, or a schedule that has it"
+            expected = f"null, since {kind.value} has no such phase"
+            yield Violation(f"schedule.{key}={shown}", f"schedule.kind={kind.value}", expected, fix)
+        elif value is None and key in needed:
+            fix = f"schedule={kind.value}, whose preset has them all"
+            yield Violation(f"schedule.kind={kind.value}", f"no schedule.{key}", "one", fix)
+    exponential = [k for k in ("cooldown_shape", "decay_shape") if value_at(schedule, k) is Fall.exponential]
+    if exponential and schedule.min_ratio <= 0:
+        fix, expected = "schedule.min_ratio=0.01, or another shape", "more than 0: it only multiplies"
+        where = f"schedule.{exponential[0]}=exponential"
+        yield Violation(where, f"schedule.min_ratio={schedule.min_ratio:g}", expected, fix)
+
+
 @rule("schedule-length")
 def _schedule_length(facts: Facts) -> Iterator[Violation]:
     schedule, total = facts.config.schedule, _total_steps(facts)
     if total is None:
         return
     phases = [("warm-up", "schedule.warmup", schedule.warmup)]
-    if schedule.kind is ScheduleKind.wsd:
+    if schedule.cooldown:
+        phases.append(("cooldown", "schedule.cooldown", schedule.cooldown))
+    if schedule.decay:
         phases.append(("decay", "schedule.decay", schedule.decay))
     if not all(math.isfinite(length) for _, _, length in phases):
         return  # `range` says so
@@ -603,7 +637,7 @@ def _schedule_length(facts: Facts) -> Iterator[Violation]:
 
 @rule("whole-steps")
 def _whole_steps(facts: Facts) -> Iterator[Violation]:
-    for key in ("schedule.warmup", "schedule.decay", "techniques.token_dropping.steps"):
+    for key in ("schedule.warmup", "schedule.cooldown", "schedule.decay", "techniques.token_dropping.steps"):
         value = value_at(facts.config, key)
         if value is not None and math.isfinite(value) and value >= 1 and value != round(value):
             expected = "a share of the run (below 1) or whole steps"

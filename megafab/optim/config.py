@@ -73,17 +73,38 @@ class ScheduleKind(Enum):
     constant = "constant"
     cosine = "cosine"
     linear = "linear"
-    wsd = "wsd"
+    inverse_sqrt = "inverse_sqrt"
+    wsd = "wsd"  # stable, then a decay at the end
+    infinite = "infinite"  # a cooldown to a constant that a run can go on from; an anneal at the end
+
+
+class Fall(Enum):
+    """How the learning rate gets down in a phase."""
+
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"  # 1 - sqrt(p): steep at first
+    inverse_sqrt = "inverse_sqrt"  # 1 / sqrt(1 + 10 p): steeper still
+    exponential = "exponential"  # by the same factor each step
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up, then `kind` down to `min_ratio` x peak."""
+    """Learning rate over the run: linear warm-up, then `kind`.
+
+    Lengths below 1 are shares of the run, others steps; ratios are of the peak, `optim.lr`. A key that `kind`
+    does not have is null.
+    """
 
     kind: ScheduleKind = ScheduleKind.cosine
-    warmup: float = 0.01  # below 1: share of the run; otherwise steps
+    warmup: float = 0.01
+    start_ratio: float = 0.0  # where the warm-up begins: re-warming goes on from where another run ended
     min_ratio: float = 0.1
-    decay: float = 0.2  # wsd only: length of the final decay; below 1: share of the run
+    cooldown: float | None = None  # infinite: length of the fall from the peak to the constant
+    cooldown_shape: Fall | None = None  # infinite
+    constant_ratio: float | None = None  # infinite
+    decay: float | None = None  # wsd, infinite: length of the fall at the end; 0: none
+    decay_shape: Fall | None = None  # wsd, infinite
 
 
 class Count(Enum):

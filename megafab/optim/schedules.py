@@ -1,25 +1,28 @@
 """Learning rate, weight decay and batch size over the run: pure functions of the progress.
 
-A run is measured in its own unit: steps if `train.steps` is set, tokens if `train.tokens` is, of which
-`train.count` says whether a layer that leaves tokens out has them counted. With T the
-length of the run, W that of the warm-up, r the ratio `schedule.min_ratio`, and u the position at the *end*
-of a step (so u = 1 unit-step for the first step and u = T for the last), the learning rate is peak * f(u):
+A run is measured in its own unit: steps if `train.steps` is set, tokens if `train.tokens` is. With T the
+length of the run, W that of the warm-up, C that of a cooldown, D that of the final decay, s, c, r the ratios
+`schedule.start_ratio`, `constant_ratio`, `min_ratio`, and u the position at the *end* of a step (so u = 1
+unit-step for the first step and u = T for the last), the learning rate is peak * f(u):
 
-    u <= W      f = u / W                                                    linear warm-up
-    u >  W      f = 1                                                        constant
-                f = r + (1 - r) * (1 + cos(pi * p)) / 2,  p = (u-W)/(T-W)    cosine (Loshchilov, Hutter 2017)
-                f = 1 - (1 - r) * p,                      p = (u-W)/(T-W)    linear
-                f = 1 - (1 - r) * max(0, p),              p = (u-T+D)/D      wsd (Hu et al. 2024, MiniCPM)
+    u <= W    f = s + (1 - s) u / W                                        linear warm-up
+    u >  W    f = 1                                                        constant
+              f = fall(1, r, (u-W)/(T-W)), cosine                          cosine (Loshchilov, Hutter 2017)
+              f = fall(1, r, (u-W)/(T-W)), linear                          linear
+              f = max(r, sqrt(W / u))                                      inverse_sqrt (Vaswani et al. 2017)
+              f = 1, and fall(1, r, (u-T+D)/D) in the last D               wsd (Hu et al. 2024, MiniCPM)
+              f = fall(1, c, (u-W)/C) in the next C, then c,
+                  and fall(c, r, (u-T+D)/D) in the last D                  infinite (Ibrahim et al. 2024)
 
-So step 0 has peak / W (never 0), step W-1 has the peak exactly, and the last step exactly r * peak. D is
-the length of wsd's decay. `warmup` and `decay` are given in steps or, below 1, as a share of the steps; a
-warm-up is at least one step, which is then at the peak. In a run measured in tokens they are the tokens
-of those steps, so that a batch ramp changes nothing about their number.
+fall(high, low, p) goes from high at p = 0 to low at p = 1 in one of the shapes of `fall`. So with s = 0 step
+0 has peak / W (never 0), step W-1 has the peak exactly, and the last step of what falls exactly r * peak.
+`warmup`, `cooldown` and `decay` are given in steps or, below 1, as a share of the steps; a warm-up is at
+least one step, which is then at the peak. In a run measured in tokens they are the tokens of those steps, so
+that a batch ramp changes nothing about their number.
 
-Where tokens are left out (sequences cut short, or, counted in layer tokens, layers that drop tokens: the
-LayerToken learning rate of Yao et al. 2022, arXiv 2211.11586) a run has more steps than its tokens would
-fill, and every phase of it takes more. What a step leaves out is decided after its learning rate, so that u
-is taken as if it left out nothing: less than a step too far.
+With lengths in steps, only the last D of `wsd` and `infinite` depends on where the run ends: such a run may
+be made longer or shorter, and an anneal branched off any of its checkpoints, without harm to what came
+before. Re-warming (Gupta et al. 2023, Ibrahim et al. 2024) is a new run or stage with `start_ratio`.
 
 The global batch ramps up as in Megatron-LM: it starts at `start` and grows by `increment` after every
 `samples / ((global_batch - start) / increment)` samples.
@@ -30,10 +33,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megafab.errors import ConfigError
-from megafab.optim.config import BatchRampConfig, Count, OptimConfig, ScheduleConfig, ScheduleKind
+from megafab.optim.config import BatchRampConfig, Count, Fall, OptimConfig, ScheduleConfig, ScheduleKind
 from megafab.run import Progress, StepPlan
 
 if TYPE_CHECKING:
@@ -89,30 +93,62 @@ def _check_ramp(config: BatchRampConfig, global_batch: int) -> None:
         raise ConfigError(where, f"{global_batch - config.start} samples to gain", expected, fix)
 
 
-def learning_rate_factor(
-    config: ScheduleConfig, *, at: float, total: float, warmup: float, decay: float
-) -> float:
-    """f(u) of the module's table.
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Lengths in the run's unit: T, W (more than 0), C and D of the module's table."""
 
-    Args:
-        config: which kind, and its ratio.
-        at: u, the position at the end of the step; beyond `total` it counts as `total`.
-        total: T.
-        warmup: W, more than 0.
-        decay: D, for wsd.
-    """
-    if at <= warmup:
-        return at / warmup
-    low = config.min_ratio
-    done = min(1.0, (at - warmup) / (total - warmup)) if total > warmup else 1.0
+    total: float
+    warmup: float
+    cooldown: float
+    decay: float
+
+
+def learning_rate_factor(config: ScheduleConfig, phases: Phases, at: float) -> float:
+    """f(u) of the module's table, u = `at`; beyond the total it counts as the total."""
+    if at <= phases.warmup:
+        return config.start_ratio + (1 - config.start_ratio) * at / phases.warmup
+    low, after, left = config.min_ratio, at - phases.warmup, phases.total - at
+    falling = phases.total - phases.warmup
+    done = min(1.0, after / falling) if falling > 0 else 1.0
     if config.kind is ScheduleKind.cosine:
-        return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
+        return fall(1.0, low, done, Fall.cosine)
     if config.kind is ScheduleKind.linear:
-        return 1 - (1 - low) * done
-    if config.kind is ScheduleKind.wsd:
-        cooled = min(1.0, (at - total + decay) / decay) if decay else 0.0
-        return 1 - (1 - low) * max(0.0, cooled)
-    return 1.0
+        return fall(1.0, low, done, Fall.linear)
+    if config.kind is ScheduleKind.inverse_sqrt:
+        return max(low, math.sqrt(phases.warmup / at))
+    if config.kind is ScheduleKind.constant:
+        return 1.0
+    plateau = 1.0
+    if config.kind is ScheduleKind.infinite:
+        assert config.constant_ratio is not None
+        plateau = config.constant_ratio
+        if after < phases.cooldown and left >= phases.decay:
+            return fall(1.0, plateau, after / phases.cooldown, config.cooldown_shape or Fall.cosine)
+    if left >= phases.decay:
+        return plateau
+    return fall(plateau, low, min(1.0, 1 - left / phases.decay), config.decay_shape or Fall.linear)
+
+
+def fall(high: float, low: float, done: float, shape: Fall) -> float:
+    """From `high` to `low`, at the share `done` of the way (0 to 1).
+
+    With h = high, l = low, p = done:
+
+        linear          h - (h - l) p
+        cosine          l + (h - l) (1 + cos(pi p)) / 2
+        sqrt            l + (h - l) (1 - sqrt(p))                              Haegele et al. 2024
+        inverse_sqrt    h + (l - h) g(p) / g(1),  g(p) = 1 / sqrt(1 + 10 p) - 1
+        exponential     h (l / h)^p,  l > 0
+    """
+    if shape is Fall.cosine:
+        return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
+    if shape is Fall.sqrt:
+        return low + (high - low) * (1 - math.sqrt(done))
+    if shape is Fall.inverse_sqrt:
+        return high + (low - high) * (1 / math.sqrt(1 + 10 * done) - 1) / (1 / math.sqrt(11) - 1)
+    if shape is Fall.exponential:
+        return high * (low / high) ** done
+    return high - (high - low) * done
 
 
 class Schedules:
@@ -164,11 +200,26 @@ class Schedules:
             self.total_steps = self._ramp.steps_until(-(-train.tokens // seq_len))
             self._position = lambda steps: self._ramp.samples_after(steps) * seq_len
         warmup = max(1, _steps(schedule.warmup, self.total_steps))
-        decay = _steps(schedule.decay, self.total_steps) if schedule.kind is ScheduleKind.wsd else 0
-        _check_phases(schedule, warmup, decay, self.total_steps)
-        self._total = self._position(self.total_steps)
-        self._warmup = self._position(warmup)
-        self._decay = self._total - self._position(max(0, self.total_steps - decay))
+        cooldown = _steps(schedule.cooldown or 0, self.total_steps)
+        decay = _steps(schedule.decay or 0, self.total_steps)
+        _check_phases(schedule, warmup, cooldown, decay, self.total_steps)
+        total, ends = self._position(self.total_steps), self._position(warmup)
+        self._phases = Phases(
+            total=total,
+            warmup=ends,
+            cooldown=self._position(min(warmup + cooldown, self.total_steps)) - ends,
+            decay=total - self._position(max(0, self.total_steps - decay)),
+        )
+        self._boundaries = sorted({1, warmup, warmup + cooldown, self.total_steps - decay, self.total_steps})
+
+    def describe(self) -> str:
+        """The learning rate at the end of each phase, for the reader."""
+        rates = (
+            (step, self._optim.lr * learning_rate_factor(self._schedule, self._phases, self._position(step)))
+            for step in self._boundaries
+            if 1 <= step <= self.total_steps
+        )
+        return f"{self._schedule.kind.value}: " + ", ".join(f"{lr:.3g} at step {n:,}" for n, lr in rates)
 
     def at(self, progress: Progress) -> StepPlan:
         """The plan of the step that follows `progress`.
@@ -181,9 +232,7 @@ class Schedules:
             end = progress.step + 1
         else:
             end = self._counted(progress) + global_batch * self._seq_len
-        factor = learning_rate_factor(
-            self._schedule, at=end, total=self._total, warmup=self._warmup, decay=self._decay
-        )
+        factor = learning_rate_factor(self._schedule, self._phases, end)
         return StepPlan(
             step=progress.step,
             lr=self._optim.lr * factor,
@@ -213,14 +262,19 @@ def _steps(length: float, total: int) -> int:
     return round(length * total) if length < 1 else round(length)
 
 
-def _check_phases(schedule: ScheduleConfig, warmup: int, decay: int, total: int) -> None:
-    if decay and warmup + decay > total:
+def _check_phases(schedule: ScheduleConfig, warmup: int, cooldown: int, decay: int, total: int) -> None:
+    later = [("cooldown", schedule.cooldown, cooldown), ("decay", schedule.decay, decay)]
+    given = [("warmup", schedule.warmup, warmup), *((n, v, k) for n, v, k in later if v and k)]
+    if len(given) > 1 and sum(steps for *_, steps in given) > total:
         raise ConfigError(
-            f"schedule.warmup={schedule.warmup:g} schedule.decay={schedule.decay:g}",
-            f"{warmup} steps of warm-up and {decay} of decay",
+            " ".join(f"schedule.{name}={value:g}" for name, value, _ in given),
+            " and ".join(f"{steps} steps of {_PHASES[name]}" for name, _, steps in given),
             f"no more than the run's {total} steps",
             "shorten one of them, or give it as a share of the run",
         )
+
+
+_PHASES = {"warmup": "warm-up", "cooldown": "cooldown", "decay": "decay"}
 
 
 def _check_batches(train: TrainConfig, data_ranks: int) -> None:

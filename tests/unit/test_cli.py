@@ -47,7 +47,7 @@ def test_every_verb_exists_and_explains_itself(name: str, capsys: pytest.Capture
 def test_help_of_train_lists_presets_and_keys(capsys: pytest.CaptureFixture[str]):
     main(["train", "--help"])
     out = capsys.readouterr().out
-    assert "  schedule=constant|cosine|linear|wsd\n" in out
+    assert "  schedule=constant|cosine|infinite|inverse_sqrt|linear|rewarm|wsd\n" in out
     names = "|".join(sorted(catalogue.CLASSES))
     assert f"  technique={names} (several: [a,b])\n" in out
     assert re.search(

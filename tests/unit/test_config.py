@@ -190,7 +190,7 @@ VALUE_MISTAKES = {
 CHOICE_MISTAKES = {
     "schedule=wsb": (
         "no schedule named wsb",
-        "one of constant, cosine, linear, wsd",
+        "one of constant, cosine, infinite, inverse_sqrt, linear, rewarm, wsd",
         "did you mean schedule=wsd?",
     ),
     "technique=[ema,xxxx]": (
@@ -199,7 +199,11 @@ CHOICE_MISTAKES = {
         f"technique={TECHNIQUES[0]}, for example",
     ),
     "optim=null": ("0 names", "one of adamw, lion, muon, soap", "choose one optim"),
-    "schedule=[wsd,cosine]": ("2 names", "one of constant, cosine, linear, wsd", "choose one schedule"),
+    "schedule=[wsd,cosine]": (
+        "2 names",
+        "one of constant, cosine, infinite, inverse_sqrt, linear, rewarm, wsd",
+        "choose one schedule",
+    ),
 }
 
 
@@ -364,9 +368,9 @@ def test_every_recipe_composes(name: str):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "technique").glob("*.yaml")))
 def test_every_technique_file_switches_its_own_section_on(name: str):
     section = unwrap(annotation_of(TechniquesConfig, name))[0]
-    needed = [
-        f"techniques.{name}.{key}=x" for key, value in default_tree(section).items() if value == MISSING
-    ]
+    missing = [key for key, value in default_tree(section).items() if value == MISSING]
+    several = [key for key in missing if "list" in str(annotation_of(section, key))]
+    needed = [f"techniques.{name}.{key}={'[x]' if key in several else 'x'}" for key in missing]
     techniques = to_tree(load([*BASE, f"technique=[{name}]", *needed]).techniques)
     assert [key for key, value in techniques.items() if value is not None] == [name]
 

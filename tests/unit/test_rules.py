@@ -23,7 +23,7 @@ from megafab.data.config import DataConfig
 from megafab.data.derived import DIFFICULTY
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position
-from megafab.optim.config import Count, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
+from megafab.optim.config import Count, Fall, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
 from megafab.techniques.config import (
     CurriculumConfig,
     DifficultyKind,
@@ -228,9 +228,35 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "would be balanced over the kept tokens alone. Fix: model.moe.experts=0, or leave token_dropping out",
     ),
     (
+        *("schedule-keys", {"schedule.decay": 0.2}, 1),
+        "schedule.decay=0.2: found schedule.kind=cosine, expected null, since cosine has no such phase. "
+        "Fix: schedule.decay=null, or a schedule that has it",
+    ),
+    (
+        *("schedule-keys", {"schedule.kind": ScheduleKind.wsd}, 1),
+        "schedule.kind=wsd: found no schedule.decay, expected one. "
+        "Fix: schedule=wsd, whose preset has them all",
+    ),
+    (
+        *(
+            "schedule-keys",
+            {
+                "schedule.kind": ScheduleKind.wsd,
+                "schedule.decay": 0.2,
+                "schedule.decay_shape": Fall.exponential,
+                "schedule.min_ratio": 0.0,
+            },
+            1,
+        ),
+        "schedule.decay_shape=exponential: found schedule.min_ratio=0, expected more than 0: it only "
+        "multiplies. Fix: schedule.min_ratio=0.01, or another shape",
+    ),
+    (
         *("counted-tokens", {"train.count": Count.layer_tokens}, 1),
         "train.count=layer_tokens: found train.steps=100, expected train.tokens, which it says how to count. "
         "Fix: train.tokens in place of train.steps, or leave train.count out",
+    ),
+    (
         *("technique-range", sequences(shape=PacingShape.root, degree=0.0), 1),
         "techniques.sequence_curriculum.pacing.degree=0: found 0, expected more than 0. "
         "Fix: give techniques.sequence_curriculum.pacing.degree a value more than 0",

@@ -6,8 +6,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from megafab.config.schema import TrainConfig
 from megafab.errors import ConfigError
-from megafab.optim.config import BatchRampConfig, OptimConfig, ScheduleConfig, ScheduleKind
-from megafab.optim.schedules import BatchRamp, Schedules
+from megafab.optim.config import BatchRampConfig, Fall, OptimConfig, ScheduleConfig, ScheduleKind
+from megafab.optim.schedules import BatchRamp, Schedules, fall
 from megafab.run import Progress, StepOutcome, Verdict
 
 PEAK, RATIO = 3e-4, 0.1
@@ -61,6 +61,75 @@ def test_linear_is_torchs() -> None:
     assert rates(ScheduleKind.linear, 40, warmup=5) == pytest.approx(want, rel=1e-12)
 
 
+def test_a_rewarmed_run_goes_on_from_where_another_ended() -> None:
+    got = rates(ScheduleKind.cosine, 40, warmup=4, start_ratio=RATIO)
+    assert got[:4] == pytest.approx([PEAK * factor for factor in (0.325, 0.55, 0.775, 1.0)])
+    assert got[4:] == rates(ScheduleKind.cosine, 40, warmup=4)[4:]
+
+
+def test_inverse_sqrt_by_hand() -> None:
+    got = rates(ScheduleKind.inverse_sqrt, 500, warmup=4)
+    assert [got[step - 1] / PEAK for step in (2, 4, 16, 100)] == pytest.approx([0.5, 1, 0.5, 0.2])
+    assert got[499] == pytest.approx(RATIO * PEAK), "the ratio is the floor"
+
+
+INFINITE = {"warmup": 10, "cooldown": 20, "constant_ratio": 0.55}
+
+
+@pytest.mark.parametrize(("shape", "half_way"), [(Fall.cosine, 2.325e-4), (Fall.inverse_sqrt, 1.856295e-4)])
+def test_the_phases_of_infinite(shape: Fall, half_way: float) -> None:
+    """Peak 3e-4, constant 1.65e-4, end 3e-5, exponentially; numbers of the paper's settings."""
+    anneal = {"decay": 20, "decay_shape": Fall.exponential}
+    got = rates(ScheduleKind.infinite, 100, cooldown_shape=shape, **INFINITE, **anneal)
+    at = {step: got[step - 1] for step in (5, 10, 20, 30, 31, 80, 90, 100)}
+    assert at[5] == pytest.approx(1.5e-4)
+    assert at[10] == pytest.approx(3e-4)
+    assert at[20] == pytest.approx(half_way, rel=1e-6)
+    assert at[30] == at[31] == at[80] == pytest.approx(1.65e-4)
+    assert at[90] == pytest.approx(7.035624e-5, rel=1e-6)
+    assert at[100] == pytest.approx(3e-5)
+
+
+def test_an_infinite_run_does_not_know_its_end() -> None:
+    open_ended = rates(ScheduleKind.infinite, 60, **INFINITE)
+    assert open_ended[30:] == [pytest.approx(0.55 * PEAK)] * 30
+    longer = rates(ScheduleKind.infinite, 90, **INFINITE)
+    assert longer[:60] == open_ended
+    branch = rates(ScheduleKind.infinite, 70, decay=10, decay_shape=Fall.exponential, **INFINITE)
+    assert branch[:60] == open_ended, "an anneal changes nothing before it"
+    assert branch[69] == pytest.approx(RATIO * PEAK)
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [
+        (Fall.linear, (1, 0.75, 0.5, 0)),
+        (Fall.cosine, (1, 0.853553, 0.5, 0)),
+        (Fall.sqrt, (1, 0.5, 0.292893, 0)),
+        (Fall.inverse_sqrt, (1, 0.333593, 0.152811, 0)),
+    ],
+)
+def test_shapes_of_a_fall(shape: Fall, want: tuple[float, ...]) -> None:
+    got = [fall(1.0, 0.0, done, shape) for done in (0, 0.25, 0.5, 1)]
+    assert got == pytest.approx(want, abs=1e-6)
+    assert fall(3.0, 1.0, 0.25, shape) == pytest.approx(1 + 2 * want[1], abs=2e-6)
+
+
+def test_wsd_falls_in_the_shape_it_is_given() -> None:
+    got = rates(ScheduleKind.wsd, 10, warmup=2, decay=4, decay_shape=Fall.sqrt)
+    want = [RATIO + (1 - RATIO) * (1 - (step / 4) ** 0.5) for step in range(1, 5)]
+    assert got[6:] == pytest.approx([PEAK * factor for factor in want])
+
+
+def test_what_is_said_of_a_schedule_is_what_it_does() -> None:
+    config = ScheduleConfig(kind=ScheduleKind.infinite, decay=20, decay_shape=Fall.exponential, **INFINITE)
+    made = schedules(TrainConfig(steps=100), config)
+    assert made.describe() == (
+        "infinite: 3e-05 at step 1, 0.0003 at step 10, 0.000165 at step 30, 0.000165 at step 80, "
+        "3e-05 at step 100"
+    )
+
+
 def test_constant_stays_at_the_peak() -> None:
     assert rates(ScheduleKind.constant, 5, warmup=2) == [PEAK / 2, PEAK, PEAK, PEAK, PEAK]
 
@@ -75,7 +144,8 @@ def test_wsd_by_hand() -> None:
 @pytest.mark.parametrize("kind", [ScheduleKind.cosine, ScheduleKind.linear, ScheduleKind.wsd])
 @pytest.mark.parametrize("warmup", [0, 1, 0.01, 7])
 def test_first_and_last_step(kind: ScheduleKind, warmup: float) -> None:
-    got = rates(kind, 50, warmup=warmup)
+    phases = {"decay": 0.2} if kind is ScheduleKind.wsd else {}
+    got = rates(kind, 50, warmup=warmup, **phases)
     assert got[0] == pytest.approx(PEAK / max(1, warmup if warmup >= 1 else round(50 * warmup)))
     assert max(got) == PEAK
     assert got[-1] == pytest.approx(RATIO * PEAK, rel=1e-12)
