@@ -30,6 +30,7 @@ class Replay(Technique):
 
     name = "replay"
     writes = frozenset({"replay"})
+    after = ("online_mixing", "dynamic_loading")  # whose weights it scales
     config: ReplayConfig
 
     def __init__(self, config: ReplayConfig, facts: Facts) -> None:
