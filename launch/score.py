@@ -10,6 +10,8 @@ from megafab.config.score import ScoreConfig, check
 from megafab.errors import ConfigError
 from megafab.telemetry.meter import Meter
 
+_WORDS = {"seal": "checkpoint", "seq_len": "seq_len", "corpus": "corpus"}
+
 
 def main(overrides: list[str]) -> int:
     """Score, or find it done; returns the exit code."""
@@ -22,22 +24,24 @@ def main(overrides: list[str]) -> int:
     if seq_len > run.model.seq_len:
         expected = f"at most the {run.model.seq_len} that the reference was trained with"
         raise ConfigError(f"seq_len={seq_len}", f"{seq_len}", expected, "leave seq_len out")
+    from megafab.checkpoint import store
     from megafab.data.derived import SCORES
     from megafab.score import Job, score
 
-    out = SCORES.directory(corpus.path, config.name)
+    out, checkpoint = SCORES.directory(corpus.path, config.name), checkpoint.resolve()
+    seal = store.read_manifest(checkpoint)["seal"]
     if (out / "manifest.json").exists():
         manifest = SCORES.read(out)
-        wanted = {"checkpoint": str(checkpoint), "seq_len": seq_len, "corpus": corpus.fingerprint}
-        other = {key: manifest[key] for key, value in wanted.items() if manifest[key] != value}
+        wanted = {"seal": seal, "seq_len": seq_len, "corpus": corpus.fingerprint}
+        other = {key: manifest[key] for key, value in wanted.items() if manifest.get(key) != value}
         if other:
-            found = ", ".join(f"{key} {value}" for key, value in other.items())
+            found = ", ".join(f"another {_WORDS[key]}" for key, value in other.items())
             fix = "give another name=, or remove it"
             raise ConfigError(f"name={config.name}", f"scores there with {found}", "none, or the same", fix)
         print(f"{out} is there already")
         return 0
-    threads = max(1, (os.cpu_count() or 1) // config.workers)
-    job = Job(run, checkpoint, corpus.path, out, seq_len, config.micro_batch, threads)
+    threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    job = Job(run, checkpoint, seal, corpus.path, out, seq_len, config.micro_batch, threads)
     meter: Meter | None = None
 
     def told(done: int, total: int) -> None:
@@ -51,5 +55,5 @@ def main(overrides: list[str]) -> int:
         meter.close()
     for name, loss in losses.items():
         print(f"{name}: {loss:.4f} nats a token")
-    print(f"wrote {scores.path}: use it as reference={config.name}")
+    print(f"wrote {scores.path}: techniques.token_selection.reference={config.name}")
     return 0

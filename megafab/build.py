@@ -122,11 +122,12 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             loader=loader,
             techniques=bus,
             data=identity(
-                corpus,
+                data,
                 weights=weights,
                 packing=config.data.packing,
                 seed=config.train.seed,
                 seq_len=config.model.seq_len,
+                block=config.data.block,
             ),
             resolved=plain,
             topology=_axes(mesh),

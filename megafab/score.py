@@ -28,10 +28,13 @@ _FINISHED = "finished.jsonl"  # a line that says of what, then one for each fini
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is scored, with what. `out` is the directory of the scores, `threads` are those of a process."""
+    """What is scored, with what. `seal` is that of the checkpoint's manifest, which tells one model from
+    another in the same place; `out` is the directory of the scores, `threads` are those of a process.
+    """
 
     run: RunConfig
     checkpoint: Path
+    seal: str
     corpus: Path
     out: Path
     seq_len: int
@@ -87,8 +90,11 @@ def score(
     finished = _finished(log, header)
     if finished is None:
         writer.create()
-        log.write_text(header + "\n")
         finished = []
+    # Written anew: its last line may have been cut.
+    log.write_text(
+        "".join(f"{line}\n" for line in (header, *(json.dumps(asdict(done)) for done in finished)))
+    )
     known = {(done.domain, done.first) for done in finished}
     left = [task for task in tasks if (task.domain, task.first) not in known]
     total = sum(task.tokens for task in tasks)
@@ -138,7 +144,12 @@ def _tasks(job: Job, corpus: Corpus) -> Iterator[Task]:
 
 def _facts(job: Job) -> dict[str, Any]:
     """What the scores were made with."""
-    return {"checkpoint": str(job.checkpoint), "seq_len": job.seq_len, "packing": job.run.data.packing.value}
+    return {
+        "checkpoint": str(job.checkpoint),
+        "seal": job.seal,
+        "seq_len": job.seq_len,
+        "packing": job.run.data.packing.value,
+    }
 
 
 def _finished(log: Path, header: str) -> list[Done] | None:

@@ -63,7 +63,7 @@ def fit(run: Run) -> Progress:
             wanted = run.bus.reads_evaluation or not leaving
             if run.cadence.evaluates(progress.step, last) and wanted:
                 with part("evaluate"):
-                    valid = evaluate(run)
+                    valid = evaluate(run, regular=run.cadence.evaluates(progress.step, False))
             _record(run, plan, progress, outcome, ledger, valid, last)
             saving = run.cadence.saves(progress.step, last) or leaving
             run.invariants.check(progress.step, saving=saving)
@@ -79,10 +79,12 @@ def fit(run: Run) -> Progress:
     return progress
 
 
-def evaluate(run: Run) -> LedgerReport:
+def evaluate(run: Run, *, regular: bool) -> LedgerReport:
     """The loss on the validation split by domain, with the weights that techniques want evaluated.
 
-    Leaves no trace: the weights are back to the last bit, and no random number is drawn.
+    Leaves no trace: the weights are back to the last bit, and no random number is drawn. Techniques are told
+    the losses of a `regular` evaluation only, not of one because the run ends, which a longer run would not
+    have.
     """
     weights = run.engine.weights()
     run.bus.eval(True, weights)
@@ -92,7 +94,7 @@ def evaluate(run: Run) -> LedgerReport:
     for other in rest:
         ledger.merge(other)
     report = ledger.reduced()
-    run.bus.eval(False, weights, report)
+    run.bus.eval(False, weights, report if regular else None)
     return report
 
 

@@ -12,27 +12,33 @@ from typing import Any
 
 from megafab.data.config import Packing
 from megafab.data.format import Corpus
+from megafab.data.plan import DataPlan
 
 Identity = Mapping[str, Any]
 
 # Settings of the identity by the keys of the configuration that they come from.
-_SETTINGS = {"packing": "data.packing", "seed": "train.seed", "seq_len": "model.seq_len"}
+_SETTINGS = {
+    **{"packing": "data.packing", "seed": "train.seed", "seq_len": "model.seq_len", "block": "data.block"},
+    "difficulty": "the index of techniques.curriculum.difficulty",
+}
 # With another of these, the windows of a domain are others, or come in another order.
-_ORDER = ("seed", "seq_len")
+_ORDER = ("seq_len", "difficulty")
 
 
 def identity(
-    corpus: Corpus, *, weights: Sequence[float], packing: Packing, seed: int, seq_len: int
+    plan: DataPlan, *, weights: Sequence[float], packing: Packing, seed: int, seq_len: int, block: int
 ) -> dict[str, Any]:
     """The identity of a run's data, JSON-able.
 
     Args:
-        corpus: its training split counts.
+        plan: what is read, and in which order; of the corpus the training split counts.
         weights: of the mixture, by domain in the corpus' order.
         packing: how documents share a sequence.
         seed: of the order.
         seq_len: of the windows that a domain is cut into.
+        block: samples in a row that come from one domain.
     """
+    corpus = plan.corpus
     numbers = zip(corpus.domains, corpus.tokens("train"), corpus.documents("train"), strict=True)
     return {
         "corpus": corpus.fingerprint,
@@ -46,6 +52,9 @@ def identity(
         "packing": packing.value,
         "seed": seed,
         "seq_len": seq_len,
+        "block": block,
+        "order_seeds": plan.order_seeds,
+        "difficulty": plan.difficulty and plan.difficulty.fingerprint,
     }
 
 
@@ -78,15 +87,19 @@ def carried_on(
     same_order = all(then[name] == now[name] for name in _ORDER)
 
     def count(name: str) -> int:
-        same = same_order and then["domains"].get(name) == now["domains"][name]
+        seeds = [one["order_seeds"].get(name, one["seed"]) for one in (then, now)]
+        same = same_order and seeds[0] == seeds[1] and then["domains"].get(name) == now["domains"][name]
         return loader["counts"][name] if same else 0
 
     same_domains = list(then["domains"]) == list(now["domains"])
-    # An index of difficulty belongs to one corpus: where it is the same, so is every domain.
-    same_index = same_order and loader["order"].get("difficulty") == fresh["order"].get("difficulty")
+    clusters = {}
+    if "clusters" in fresh:
+        clusters["clusters"] = {
+            n: loader["clusters"][n] if count(n) else fresh["clusters"][n] for n in fresh["counts"]
+        }
     return {
         **fresh,
-        **({"clusters": loader["clusters"]} if "clusters" in fresh and same_index else {}),
+        **clusters,
         "samples": loader["samples"],
         "counts": {name: count(name) for name in fresh["counts"]},
         # Its weights go by the order of domains.
@@ -129,3 +142,7 @@ def _of_order(then: Identity, now: Identity) -> Iterator[str]:
     for name, key in _SETTINGS.items():
         if then[name] != now[name]:
             yield f"{key} was {then[name]} and is {now[name]}"
+    for name in dict.fromkeys((*then["order_seeds"], *now["order_seeds"])):
+        old, new = (one["order_seeds"].get(name, one["seed"]) for one in (then, now))
+        if old != new:
+            yield f"the order of {name} was that of seed {old} and is that of seed {new}"

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megafab.config.schema import RunConfig
+from megafab.errors import ConfigError
 from megafab.model.shape import ModelShape
+from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
 
@@ -32,6 +34,7 @@ class CorpusFacts:
     vocab_size: int = 0
     tokens: dict[str, int] = field(default_factory=dict[str, int])
     fingerprint: str = ""
+    valid_tokens: dict[str, int] | None = None
     problem: Violation | None = None
 
 
@@ -58,6 +61,20 @@ class Facts:
     def data(self) -> CorpusFacts | None:
         """The corpus, when there is one to speak of."""
         return None if self.corpus is None or self.corpus.problem else self.corpus
+
+    @property
+    def total_steps(self) -> int | None:
+        """The run's length in steps; None where a rule of its own has something to say first."""
+        train = self.config.train
+        if (train.steps is None) == (train.tokens is None):
+            return None
+        if train.steps is not None:
+            return train.steps
+        try:
+            ramp = BatchRamp(train.batch_ramp, train.global_batch)
+        except ConfigError:
+            return None
+        return ramp.steps_until(-(-(train.tokens or 0) // self.config.model.seq_len))
 
     @property
     def kv_heads(self) -> int:

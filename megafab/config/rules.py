@@ -34,7 +34,6 @@ from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
 from megafab.optim.config import WHOLE_MATRICES, Count, Fall, OptimName, ScheduleKind
-from megafab.optim.schedules import BatchRamp
 from megafab.topology.config import ContextMethod
 
 RULES: list[Rule] = []
@@ -85,7 +84,8 @@ def corpus_facts(config: RunConfig) -> CorpusFacts:
         manifest = cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
         tokens = {domain["name"]: domain["splits"]["train"]["tokens"] for domain in manifest["domains"]}
         vocab_size, fingerprint = manifest["tokenizer"]["vocab_size"], manifest.get("fingerprint", "")
-        return CorpusFacts(path, vocab_size, tokens, fingerprint)
+        valid = {domain["name"]: domain["splits"]["valid"]["tokens"] for domain in manifest["domains"]}
+        return CorpusFacts(path, vocab_size, tokens, fingerprint, valid)
     except FileNotFoundError:
         return CorpusFacts(path, problem=Violation(where, f"no {MANIFEST} in it", expected, fix))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -569,20 +569,9 @@ def _counted_tokens(facts: Facts) -> Iterator[Violation]:
         fix = "train.tokens in place of train.steps, or leave train.count out"
         expected = "train.tokens, which it says how to count"
         yield Violation(f"train.count={train.count.name}", f"train.steps={train.steps}", expected, fix)
-
-
-def _total_steps(facts: Facts) -> int | None:
-    """The run's length in steps; None where another rule has something to say first."""
-    train = facts.config.train
-    if (train.steps is None) == (train.tokens is None):
-        return None
-    if train.steps is not None:
-        return train.steps
-    try:
-        ramp = BatchRamp(train.batch_ramp, train.global_batch)
-    except ConfigError:
-        return None
-    return ramp.steps_until(-(-(train.tokens or 0) // facts.config.model.seq_len))
+    elif train.count is not Count.tokens and facts.config.techniques.token_dropping is None:
+        expected, fix = "technique=[token_dropping], which makes the difference", "leave train.count out"
+        yield Violation(f"train.count={train.count.name}", "no layer that drops tokens", expected, fix)
 
 
 _SCHEDULE_KEYS = {  # what a kind of schedule has beside the warm-up, and what of it must be given
@@ -616,7 +605,7 @@ def _schedule_keys(facts: Facts) -> Iterator[Violation]:
 
 @rule("schedule-length")
 def _schedule_length(facts: Facts) -> Iterator[Violation]:
-    schedule, total = facts.config.schedule, _total_steps(facts)
+    schedule, total = facts.config.schedule, facts.total_steps
     if total is None:
         return
     phases = [("warm-up", "schedule.warmup", schedule.warmup)]
@@ -669,6 +658,10 @@ def _eval_samples(facts: Facts) -> Iterator[Violation]:
     if section.every and not section.samples:
         fix = "eval.samples=64, or eval.every=0"
         yield Violation(f"eval.every={section.every}", "eval.samples=0", "samples to evaluate on", fix)
+    valid = facts.data.valid_tokens if facts.data else None
+    if section.samples and valid is not None and not sum(valid.values()):
+        where, fix = f"eval.samples={section.samples}", "eval.samples=0, or a corpus with valid_fraction=0.01"
+        yield Violation(where, "a corpus without a validation split", "text to evaluate on", fix)
 
 
 # -- the data ------------------------------------------------------------------------------------------------

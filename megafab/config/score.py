@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -32,7 +33,7 @@ def check(config: ScoreConfig) -> None:
         for key in ("seq_len", "micro_batch", "workers")
         if (value := getattr(config, key)) is not None and value < 1
     ]
-    if not config.name.strip() or "/" in config.name:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
         fix = "name=reference"
         problems.append(ConfigError(f"name={config.name}", "no name of a directory", "a plain name", fix))
     if problems:

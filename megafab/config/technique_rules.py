@@ -48,8 +48,9 @@ _RANGES = (
     positive("techniques.online_mixing.every"),
     positive("techniques.online_mixing.reward_scale"),
     below_one("techniques.online_mixing.exploration_floor"),
-    positive("techniques.online_mixing.max_loss"),
+    Range("techniques.online_mixing.max_loss", 0, 100, "more than 0 and at most 100", open_low=True),
     below_one("techniques.dynamic_loading.smoothing"),
+    not_negative("techniques.replay.seed"),
     Range("techniques.replay.share", 0, 1, "more than 0 and below 1", open_low=True, open_high=True),
     positive("techniques.sample_reweighting.temperature"),
     positive("techniques.sample_reweighting.start_temperature"),
@@ -110,7 +111,13 @@ def _online_mixing(facts: Facts) -> Iterator[Violation]:
         fix = f"leave {key}.reward_scale out, or {key}.mode=paper"
         expected = "1, since only the shares of rewards count there"
         yield Violation(f"{key}.reward_scale={mixing.reward_scale:g}", f"{key}.mode=released", expected, fix)
+    count = len(_mixed(facts))
+    if count and mixing.exploration_floor * count >= 1:
+        fix, expected = f"{key}.exploration_floor=0", f"less than 1 over the {count} domains that are mixed"
+        where = f"{key}.exploration_floor={mixing.exploration_floor:g}"
+        yield Violation(where, f"{mixing.exploration_floor:g}", expected, fix)
     yield from _known(facts, f"{key}.reference", mixing.reference)
+    yield from _losses(f"{key}.reference", mixing.reference)
 
 
 @rule("dynamic-loading", relates=False)
@@ -131,8 +138,43 @@ def _dynamic_loading(facts: Facts) -> Iterator[Violation]:
     if twice:
         where, fix = f"{key}.reference", "give each domain one of the two"
         yield Violation(where, f"{', '.join(sorted(twice))} in fit_losses too", "one for each domain", fix)
+    if facts.data and facts.data.valid_tokens is not None:
+        missing = [name for name in _mixed(facts) if not facts.data.valid_tokens.get(name)]
+        if missing and any(facts.data.valid_tokens.values()):
+            fix = "build the corpus with a larger valid_fraction, or leave them out of data.mixture"
+            found = f"no validation text in {', '.join(missing)}"
+            yield Violation(f"data.path={facts.data.path}", found, "some in each domain that is mixed", fix)
     yield from _known(facts, f"{key}.reference", loading.reference)
     yield from _known(facts, f"{key}.fit_losses", loading.fit_losses)
+    yield from _losses(f"{key}.reference", loading.reference)
+
+
+def _losses(key: str, losses: Mapping[str, float]) -> Iterator[Violation]:
+    for name, loss in losses.items():
+        if not 0 <= loss < math.inf:
+            where, fix = f"{key}.{name}={loss:g}", "give the loss of a model in nats a token"
+            yield Violation(where, f"{loss:g}", "0 or more", fix)
+
+
+@rule("technique-length")
+def _technique_length(facts: Facts) -> Iterator[Violation]:
+    """What begins after the end of the run never acts."""
+    total, on = facts.total_steps, facts.config.techniques
+    if total is None:
+        return
+    names = ("online_mixing", "sample_reweighting", "token_selection")
+    keys = [f"techniques.{name}.warmup_steps" for name in names]
+    if on.online_mixing is not None:
+        keys.append("techniques.online_mixing.every")
+    if on.dynamic_loading is not None:
+        keys.append("eval.every")
+    for key in keys:
+        value = value_at(facts.config, key)
+        if value is not None and value >= total:
+            expected = f"less than the {total} steps of the run, for the technique to act"
+            yield Violation(
+                f"{key}={value}", f"{value}", expected, f"{key}={max(1, total // 50)}, for example"
+            )
 
 
 @rule("replay", relates=False)
@@ -144,6 +186,9 @@ def _replay(facts: Facts) -> Iterator[Violation]:
     if not replay.domains:
         yield Violation(f"{key}=[]", "no domain", "the domains of the earlier training", f"{key}=[name]")
     yield from _known(facts, key, replay.domains)
+    if len(set(replay.domains)) < len(replay.domains):
+        where = f"{key}=[{', '.join(replay.domains)}]"
+        yield Violation(where, "a domain more than once", "each once", "leave out what is double")
     if corpus and replay.domains and all(name in corpus.tokens for name in replay.domains):
         weights = _weights(facts)
         old = [name for name in replay.domains if weights.get(name, 0) > 0]
@@ -186,6 +231,8 @@ def _sample_reweighting(facts: Facts) -> Iterator[Violation]:
         found = f"train.micro_batch={train.micro_batch} on {facts.data_ranks} data parallel rank"
         expected = "at least 2 samples that are weighed together; one alone always counts as it is"
         fix = f"a larger train.micro_batch, or {key}.over=batch"
+        if not by_micro_batch:
+            found, fix = f"train.global_batch={train.global_batch}", "a larger train.global_batch"
         yield Violation(f"{key}.over={weighing.over.value}", found, expected, fix)
     if bool(weighing.temperature_steps) != (weighing.start_temperature is not None):
         where = f"{key}.temperature_steps={weighing.temperature_steps}"
@@ -200,7 +247,14 @@ def _token_selection(facts: Facts) -> Iterator[Violation]:
     if selection is None or corpus is None:
         return
     try:
-        SCORES.read(SCORES.directory(Path(corpus.path), selection.reference))
+        directory = SCORES.directory(Path(corpus.path), selection.reference)
+        manifest = SCORES.read(directory)
+        if corpus.fingerprint:
+            SCORES.require_corpus(directory, manifest, corpus.fingerprint)
+        if manifest["packing"] != facts.config.data.packing.value:
+            found, fix = f"data.packing={facts.config.data.packing.value}", "score again with that packing"
+            where = f"techniques.token_selection.reference={selection.reference}"
+            yield Violation(where, found, f"{manifest['packing']}, as the reference was run with", fix)
     except UserError as error:
         where = f"techniques.token_selection.reference={selection.reference}"
         yield Violation(where, f"{error.found} at {error.where}", error.expected, error.fix)

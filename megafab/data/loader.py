@@ -147,7 +147,8 @@ class Loader:
     def limit(self, plan: StepPlan) -> StepPlan:
         """The plan without the domains that were read `max_epochs` times; the others share their weight.
 
-        Replayed domains share among themselves: their joint weight is not to be changed.
+        An epoch of a domain under a curriculum is what is admitted of it. Replayed domains share among
+        themselves: their joint weight is not to be changed.
 
         Decided between steps: a step may read past the limit by what is left of it.
 
@@ -156,7 +157,11 @@ class Loader:
         """
         if self._max_epochs is None:
             return plan
-        exhausted_D = self._counts_D >= self._max_epochs * self._reader.windows_D
+        windows_D = self._reader.windows_D.copy()
+        if plan.admitted is not None:
+            easy_D = ~np.isin(np.arange(len(windows_D)), plan.replayed)
+            windows_D[easy_D] = np.minimum(windows_D, plan.admitted)[easy_D]
+        exhausted_D = self._counts_D >= self._max_epochs * windows_D
         weights_D = mixture.limited(plan.domain_weights, exhausted_D.tolist(), plan.replayed)
         if weights_D is None:
             whose = "replayed domains or all others" if plan.replayed else "domains"
@@ -208,7 +213,7 @@ class Loader:
                 would repeat some and skip others without a word.
         """
         for what, now in self._order().items():
-            then = state["order"].get(what)  # older states lack what no order depended on then
+            then = state["order"][what]
             if then != now:
                 raise UserError(
                     f"the checkpoint's data state, {what}",
@@ -240,7 +245,6 @@ class Loader:
             "seq_len": self._seq_len,
             "block": self._block,
             "order_seeds": self._plan.order_seeds,
-            "columns": {name: column.fingerprint for name, column in self._plan.columns.items()},
             "difficulty": self._plan.difficulty and self._plan.difficulty.fingerprint,
         }
 

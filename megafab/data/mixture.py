@@ -50,7 +50,8 @@ def weights(
                 "a corpus with at least one training document",
                 "build it again with `megafab data`, and see what its filters dropped",
             )
-        return _normalised([tokens**temperature if tokens else 0.0 for tokens in tokens_D])
+        most = max(tokens_D)
+        return _normalised([(tokens / most) ** temperature if tokens else 0.0 for tokens in tokens_D])
     _check(mixture, corpus.domains)
     left_out = [name for name in corpus.domains if name not in mixture]
     if left_out:

@@ -67,7 +67,7 @@ RESOURCES = frozenset(
         "mixture",
         "replay",
         "windows",  # which of a domain's windows are drawn
-        "batch",  # on_batch: tokens, mask, extra
+        "batch",  # on_batch: tokens, mask, columns
         "loss_terms",  # on_loss: terms beside the nll
         "token_weights",  # on_loss: weights of the nll
         "gradients",  # on_gradients: scale or skip
@@ -208,7 +208,7 @@ class Technique:
     def on_eval(self, entering: bool, weights: WeightEditor, losses: LedgerReport | None = None) -> None:
         """Puts other weights in place for an evaluation, and the very same bits back after it.
 
-        `losses` are what was measured, when it is over.
+        `losses` are what was measured, when a regular evaluation is over.
         """
 
     def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:

@@ -73,7 +73,8 @@ class Curriculum(Technique):
         """The difficulty, and the share of each domain's windows that it admits."""
         assert self._index is not None
         difficulty, admitted = self._at
-        shares = (count / max(1, len(all)) for count, all in zip(admitted, self._index.windows, strict=True))
+        pairs = zip(admitted, self._index.windows, strict=True)
+        shares = (count / max(1, len(windows)) for count, windows in pairs)
         return {"difficulty": difficulty, "admitted": dict(zip(self.facts.domains, shares, strict=True))}
 
     def _admitted(self, difficulty: float) -> tuple[int, ...]:

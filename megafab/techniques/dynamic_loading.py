@@ -59,13 +59,17 @@ class DynamicLoading(MixingPolicy):
             self.observe(losses.domain_loss)
 
     def observe(self, losses: Mapping[str, float]) -> None:
-        """One update; a domain without a validation loss counts as at its reference."""
-        references = self._references
-        self._excess_K = tuple(losses.get(name, references[name]) - references[name] for name in self.names)
+        """One update; a loss that is no number counts as at its reference."""
+        self._excess_K = tuple(self._excess(name, losses.get(name, math.nan)) for name in self.names)
         lowest = 0.0 if self.config.clamp_excess else -math.inf
-        grown_K = [w * math.exp(max(lowest, x)) for w, x in zip(self.weights_K, self._excess_K, strict=True)]
+        counted_K = [max(lowest, excess) for excess in self._excess_K]
+        most = max(counted_K)
+        grown_K = [w * math.exp(x - most) for w, x in zip(self.weights_K, counted_K, strict=True)]
         c, count = self.config.smoothing, len(self.names)
         self.weights_K = tuple((1 - c) * weight + c / count for weight in self.normalised(grown_K))
+
+    def _excess(self, name: str, loss: float) -> float:
+        return loss - self._references[name] if math.isfinite(loss) else 0.0
 
     def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:
         """Loss above the reference by domain, at the last evaluation."""

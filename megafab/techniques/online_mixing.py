@@ -116,14 +116,17 @@ class OnlineMixing(MixingPolicy):
         """Weights, rewards, mean losses and the exploration."""
         return {
             **super().state_dict(),
+            "kind": [self.config.mode.value, self._reward.value],
             "rewards": dict(self._rewards),
             "losses": dict(self._losses),
             "exploration": self._exploration,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Goes on from there; with rewards of another kind, the means begin again."""
         super().load_state_dict(state)
+        if state["kind"] != [self.config.mode.value, self._reward.value]:
+            return
         self._rewards = {name: float(value) for name, value in state["rewards"].items() if name in self.names}
         self._losses = {name: float(value) for name, value in state["losses"].items() if name in self.names}
         self._exploration = float(state["exploration"])

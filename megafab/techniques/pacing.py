@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from megafab.errors import UserError
 from megafab.function import load_function
@@ -58,7 +59,8 @@ class Pacing:
         value = self._value(step, config.start, config.end)
         if value >= config.end:
             return config.end
-        return max(config.start, math.floor(value / config.round_to) * config.round_to)
+        # A little more, since 29 / 100 x 100 is a little less than 29.
+        return max(config.start, math.floor(value / config.round_to + 1e-9) * config.round_to)
 
     def _value(self, step: int, start: float, end: float) -> float:
         """Before rounding; `end` itself at the last step of the pacing."""
@@ -70,7 +72,7 @@ class Pacing:
 
     def _ask(self, custom: Callable[[int], float], step: int) -> float:
         value = custom(step)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             where, found = f"{self._key}.function={self._config.function}", f"{value!r} for step {step}"
             raise UserError(where, found, "a finite number for every step", "correct the function")
-        return value
+        return float(value)

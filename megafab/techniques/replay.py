@@ -4,7 +4,7 @@ Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train La
 2403.08763): with 5% of old data a weak shift of the distribution is forgotten little, with 25 to 50% a strong
 one; the share is taken from the new data, so that the compute stays the same.
 
-The share is hard. Of any n samples in a row n x share are old, to within one, whatever a mixing policy does:
+The share is hard. Of any n samples in a row n x share are old, to within a block, whatever a policy does:
 it decides over the new domains only. Among the old ones the weights of `data.mixture` decide. They are read
 in the order of the run that read them first, from its beginning: with that run's seed, sequence length and
 corpus domain, sample k of a domain is its sample k.
@@ -45,8 +45,8 @@ class Replay(Technique):
     def on_schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         """Scales the old domains to their share and the others to the rest."""
         share = self.config.share
-        old = sum(plan.domain_weights[number] for number in self._old)
-        new = sum(plan.domain_weights) - old
+        old = sum(weight for number, weight in enumerate(plan.domain_weights) if number in self._old)
+        new = sum(weight for number, weight in enumerate(plan.domain_weights) if number not in self._old)
         weights_D = tuple(
             weight * (share / old if number in self._old else (1 - share) / new)
             for number, weight in enumerate(plan.domain_weights)

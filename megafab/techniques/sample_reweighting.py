@@ -39,6 +39,7 @@ class SampleReweighting(Technique):
     name = "sample_reweighting"
     writes = frozenset({"token_weights"})
     composes = frozenset({"token_weights"})
+    after = ("token_dropping",)  # it must know whether tokens are dropped
     notes = ("sample_weight", "sample_weight_squared", "largest_sample_weight")
     config: SampleReweightingConfig
 
@@ -48,8 +49,12 @@ class SampleReweighting(Technique):
 
     def on_schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         """Asks for the losses of the whole batch where they are what counts and are not at hand."""
-        over_batch = self.config.over is Population.batch and plan.micro_batches > 1
-        return replace(plan, losses_first=True) if over_batch and self._temperature(plan.step) else plan
+        if self.config.over is not Population.batch or self._temperature(plan.step) is None:
+            return plan
+        # The losses of a single micro-batch are those of the whole batch, and the same as those of a pass
+        # before it where nothing is left to chance.
+        at_hand = plan.micro_batches == 1 and not self.facts.shape.config.dropout and plan.kept_tokens is None
+        return plan if at_hand else replace(plan, losses_first=True)
 
     def on_loss(self, terms: LossTerms, batch: Batch) -> None:
         """The weights of this micro-batch's rows."""
@@ -112,5 +117,5 @@ def sample_weights(loss_M: Tensor, strategy: Strategy, temperature: float, quant
     else:
         f = h.abs()
     weight_M = torch.ones_like(loss_M)
-    weight_M[valid_M] = len(found) * torch.softmax(f / temperature, dim=0)
+    weight_M[valid_M] = len(found) * torch.softmax((f - f.max()) / temperature, dim=0)
     return weight_M

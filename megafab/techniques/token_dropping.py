@@ -54,6 +54,15 @@ class TokenDropping(Technique):
         self._steps = max(1, round(config.steps * share))
         self._clock = Clock()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The steps until all are kept."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Where they are a share of the run, that of the run it was: a longer one drops no more again."""
+        if self.config.steps < 1:
+            self._steps = int(state["steps"])
+
     def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
         """The layers that drop can."""
         model = plan.model

@@ -80,7 +80,8 @@ def selection(
         keep: share of a row's valid tokens, rounded up; those as large as the last of them stay, too.
     """
     count_B = row_valid_BS.sum(1)
-    wanted_B = (count_B * keep).ceil().clamp(min=1).long()
+    # In float64, and with room for what a share like 0.6 is off by in it.
+    wanted_B = (count_B.double() * keep - 1e-9).ceil().clamp(min=1).long()
     ranked_BS = row_excess_BS.masked_fill(~row_valid_BS, -torch.inf).sort(dim=1, descending=True).values
     edge_B1 = ranked_BS.gather(1, (wanted_B - 1).unsqueeze(1))
     selected_B = ((row_excess_BS >= edge_B1) & row_valid_BS).sum(1).clamp(min=1)

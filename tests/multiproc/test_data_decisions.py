@@ -36,6 +36,7 @@ LAYOUTS = {  # ranks, and what differs from one
     "data2": (2, ()),
     "data4": (4, ()),
     "data2, two rows at a time": (2, ("train.micro_batch=2",)),
+    "data2, all rows at once": (2, ("train.micro_batch=4",)),
     "tensor2": (2, ("parallel.tensor=2",)),
     "sequence2": (2, ("parallel.tensor=2", "parallel.sequence=true")),
     "pipeline2": (2, ("parallel.pipeline=2",)),

@@ -132,6 +132,6 @@ def test_other_scores_of_the_same_name_stay(reference):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.strip().endswith(
-        "name=whole: found scores there with seq_len 32, expected none, or the same. "
+        "name=whole: found scores there with another seq_len, expected none, or the same. "
         "Fix: give another name=, or remove it"
     )

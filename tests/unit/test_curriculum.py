@@ -242,14 +242,13 @@ def test_what_does_not_continue_is_refused(corpus: Corpus, index: DifficultyInde
         plain.load_state_dict(state)
     old = plain.state_dict()
     assert "clusters" not in old
-    del old["order"]["difficulty"]  # as it was before there was a curriculum
     plain.load_state_dict(old)
 
 
 def test_another_mixture_carries_the_clusters_on(corpus: Corpus, index: DifficultyIndex) -> None:
     def described(seed: int) -> dict[str, Any]:
-        settings = {"packing": Packing.document, "seed": seed, "seq_len": SEQ_LEN}
-        return identity(corpus, weights=(0.4, 0.6), **settings)
+        settings = {"packing": Packing.document, "seed": seed, "seq_len": SEQ_LEN, "block": 1}
+        return identity(DataPlan(corpus, difficulty=index.order), weights=(0.4, 0.6), **settings)
 
     loader = make_loader(corpus, index)
     for step in range(6):

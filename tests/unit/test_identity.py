@@ -11,6 +11,7 @@ from corpora import counting_documents, write_corpus
 from megafab.checkpoint.identity import carried_on, differences, identity
 from megafab.data.config import Packing
 from megafab.data.loader import Loader
+from megafab.data.plan import DataPlan
 from megafab.run import StepPlan
 
 WEIGHTS = (0.75, 0.25)
@@ -27,8 +28,9 @@ def corpus(root: Path, books: int = 400, first: int = 1):
 
 
 def described(found, **changes: Any) -> dict[str, Any]:
-    settings = {"weights": WEIGHTS, "packing": Packing.document, "seed": 3, "seq_len": 8}
-    return identity(found, **{**settings, **changes})
+    settings = {"weights": WEIGHTS, "packing": Packing.document, "seed": 3, "seq_len": 8, "block": 1}
+    plan = DataPlan(found, order_seeds=changes.pop("order_seeds", {}))
+    return identity(plan, **{**settings, **changes})
 
 
 @pytest.fixture
@@ -102,3 +104,13 @@ def test_a_change_of_the_mixture_alone_repeats_nothing(tmp_path):
         unbroken.take(plan(step))
     only_code = plan(3, (0.0, 1.0))
     assert continued.take(only_code).tokens_BL.equal(unbroken.take(only_code).tokens_BL)
+
+
+def test_what_decides_the_order_beside_the_shards_is_told(base, tmp_path):
+    found = corpus(tmp_path / "copy")
+    assert differences(base, described(found, block=4)) == ["data.block was 1 and is 4"]
+    other = described(found, order_seeds={"books": 9})
+    assert differences(base, other) == ["the order of books was that of seed 3 and is that of seed 9"]
+    loader = {"samples": 50, "counts": {"books": 30, "code": 20}, "mixture_log": [], "order": {}}
+    fresh = {"samples": 0, "counts": {"books": 0, "code": 0}, "mixture_log": [], "order": {}}
+    assert carried_on(loader, fresh, base, other)["counts"] == {"books": 0, "code": 20}

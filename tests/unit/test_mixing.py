@@ -51,6 +51,7 @@ def resumed(policy: Any, state: dict[str, Any]) -> Any:
 def at_weights(policy: OnlineMixing, rewards: tuple[float, ...], weights: tuple[float, ...]) -> OnlineMixing:
     names = dict(zip("abcd", weights, strict=True))
     state = {
+        "kind": policy.state_dict()["kind"],
         "weights": names,
         "rewards": dict(zip("abcd", rewards, strict=True)),
         "losses": {},
@@ -245,6 +246,26 @@ def test_one_update_of_dynamic_loading(settings, want):
     assert policy.weights_K == pytest.approx(want, abs=5e-7)
     again = DynamicLoading(policy.config, policy.facts)
     assert resumed(again, policy.state_dict()).weights_K == policy.weights_K
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 2000.0, -2000.0])
+def test_weights_stay_weights_whatever_the_losses(clamp: bool, loss: float):
+    config = DynamicLoadingConfig(reference={"a": 1.0, "b": 1.0}, clamp_excess=clamp)
+    policy = DynamicLoading(config, facts(a=0.5, b=0.5))
+    policy.observe({"a": loss, "b": 1.5})
+    assert sum(policy.weights_K) == pytest.approx(1)
+    assert all(0 <= weight <= 1 for weight in policy.weights_K)
+    if not math.isfinite(loss):
+        assert policy.weights_K[0] == pytest.approx(1 / (1 + math.exp(0.5)))
+
+
+def test_rewards_of_another_kind_begin_again():
+    one = mixing(MixingMode.released)
+    one.observe(10, {"a": 1.0, "b": 3.0})
+    other = resumed(mixing(MixingMode.paper), one.state_dict())
+    assert other.weights_K == one.weights_K
+    assert other.state_dict()["rewards"] == {}
 
 
 def test_entering_an_evaluation_decides_nothing():

@@ -44,6 +44,7 @@ def test_what_every_strategy_keeps(strategy: Strategy):
     assert weights.max() / weights.min() <= math.exp(1 / 0.4) * (1 + 1e-6)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(sample_weights(losses[order], strategy, 0.4), weights[order])
+    assert sample_weights(losses, strategy, 1e-39).isfinite().all()
     assert sample_weights(losses, strategy, 1e6).tolist() == pytest.approx([1.0] * 64, abs=1e-5)
     assert sample_weights(torch.full((5,), 2.5), strategy, 0.4).tolist() == pytest.approx([1.0] * 5)
     assert sample_weights(torch.tensor([2.5]), strategy, 0.4).tolist() == [1.0]
@@ -110,6 +111,14 @@ def test_selection_keeps_the_largest_excesses_of_each_row(keep: float):
             chosen = bool(is_valid) and value in kept
             assert weight == pytest.approx(len(ranked) / count if chosen else 0.0)
     assert weights[4].tolist() == [0.0] * 20
+
+
+@pytest.mark.parametrize(
+    ("length", "keep", "kept"), [(50, 0.6, 30), (100, 0.6, 60), (100, 0.07, 7), (7, 0.5, 4)]
+)
+def test_a_share_of_a_row_is_rounded_up_once(length: int, keep: float, kept: int):
+    excess, valid = torch.randperm(length).view(1, -1).float(), torch.ones(1, length, dtype=torch.bool)
+    assert (selection(excess, valid, excess, valid, keep=keep) > 0).sum() == kept
 
 
 def test_selection_of_a_part_of_a_row_is_that_of_the_whole():

@@ -252,6 +252,30 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "multiplies. Fix: schedule.min_ratio=0.01, or another shape",
     ),
     (
+        *("technique-length", {"techniques.online_mixing": OnlineMixingConfig(warmup_steps=100)}, 1),
+        "techniques.online_mixing.warmup_steps=100: found 100, expected less than the 100 steps of the run, "
+        "for the technique to act. Fix: techniques.online_mixing.warmup_steps=2, for example",
+    ),
+    (
+        *("online-mixing", {"techniques.online_mixing": OnlineMixingConfig(exploration_floor=0.5)}, 1),
+        "techniques.online_mixing.exploration_floor=0.5: found 0.5, expected less than 1 over the 2 domains "
+        "that are mixed. Fix: techniques.online_mixing.exploration_floor=0",
+    ),
+    (
+        *("replay", {"techniques.replay": ReplayConfig(domains=["books", "books"])}, 1),
+        "techniques.replay.domains=[books, books]: found a domain more than once, expected each once. "
+        "Fix: leave out what is double",
+    ),
+    (
+        *(
+            "counted-tokens",
+            {"train.count": Count.layer_tokens, "train.steps": None, "train.tokens": 9000},
+            1,
+        ),
+        "train.count=layer_tokens: found no layer that drops tokens, expected "
+        "technique=[token_dropping], which makes the difference. Fix: leave train.count out",
+    ),
+    (
         *("counted-tokens", {"train.count": Count.layer_tokens}, 1),
         "train.count=layer_tokens: found train.steps=100, expected train.tokens, which it says how to count. "
         "Fix: train.tokens in place of train.steps, or leave train.count out",
@@ -746,7 +770,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         " in data.mixture; only its proportions inside each group count",
     ),
     (
-        *("sample-reweighting", {"techniques.sample_reweighting": SampleReweightingConfig()}, 1),
+        *(
+            "sample-reweighting",
+            {"techniques.sample_reweighting": SampleReweightingConfig(warmup_steps=0)},
+            1,
+        ),
         "techniques.sample_reweighting.over=micro_batch: found train.micro_batch=1 on 1 data parallel"
         " rank, expected at least 2 samples that are weighed together; one alone always counts as it "
         "is. Fix: a larger train.micro_batch, or techniques.sample_reweighting.over=batch",
@@ -755,7 +783,9 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *(
             "sample-reweighting",
             {
-                "techniques.sample_reweighting": SampleReweightingConfig(start_temperature=100.0),
+                "techniques.sample_reweighting": SampleReweightingConfig(
+                    warmup_steps=0, start_temperature=100.0
+                ),
                 "train.micro_batch": 2,
             },
             1,
@@ -897,7 +927,15 @@ VALID: list[tuple[dict[str, Any], int]] = [
     ({"model.head_dim": 7, "model.position": Position.learned}, 1),
     ({"train.batch_ramp.start": 2, "train.batch_ramp.increment": 2, "train.batch_ramp.samples": 50}, 2),
     ({"train.steps": None, "train.tokens": 1_000_000}, 1),
-    ({"train.steps": None, "train.tokens": 1_000_000, "train.count": Count.layer_tokens}, 1),
+    (
+        {
+            "train.steps": None,
+            "train.tokens": 1_000_000,
+            "train.count": Count.layer_tokens,
+            "techniques.token_dropping": DROPPING,
+        },
+        1,
+    ),
     ({"techniques.token_dropping": DROPPING, "model.layers": 3}, 1),
     (
         {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=(0, 7))},
@@ -966,7 +1004,8 @@ def test_facts_come_from_the_manifest(tmp_path: Path):
     ]
     config = manifest(tmp_path, {"tokenizer": {"vocab_size": 512}, "domains": domains})
     facts = corpus_facts(config)
-    assert facts == CorpusFacts(str(tmp_path), 512, {"web": 70, "code": 30})
+    valid = {"web": 1, "code": 1}
+    assert facts == CorpusFacts(str(tmp_path), 512, {"web": 70, "code": 30}, valid_tokens=valid)
     check_all(change(config, {"model.seq_len": 16}), ranks=1, corpus=facts)
 
 
@@ -986,7 +1025,8 @@ def test_the_manifest_the_data_pipeline_writes_has_the_facts(tmp_path: Path):
     corpus = Corpus.open(tmp_path)
     facts = corpus_facts(change(BASE, {"data.path": str(tmp_path)}))
     tokens = {"web": corpus.tokens("train")[0]}
-    assert facts == CorpusFacts(str(tmp_path), corpus.vocab_size, tokens, corpus.fingerprint)
+    valid = {"web": corpus.tokens("valid")[0]}
+    assert facts == CorpusFacts(str(tmp_path), corpus.vocab_size, tokens, corpus.fingerprint, valid)
     assert facts.tokens == {"web": 200}
 
 
@@ -1017,7 +1057,7 @@ def test_a_manifest_of_another_kind_is_the_users_error(tmp_path: Path, content: 
 
 
 def test_a_corpus_without_tokens_is_refused(tmp_path: Path):
-    domains = [{"name": "web", "splits": {"train": {"tokens": 0}}}]
+    domains = [{"name": "web", "splits": {"train": {"tokens": 0}, "valid": {"tokens": 1}}}]
     (found,) = lines(manifest(tmp_path, {"tokenizer": {"vocab_size": 512}, "domains": domains}))
     assert found.startswith(f"[domain-length] data.path={tmp_path}: found no training tokens, expected some.")
 
@@ -1045,3 +1085,23 @@ def test_an_index_of_difficulty_belongs_to_a_corpus_and_a_length():
 )
 def test_a_pacing_that_fits_passes(pacing: dict[str, Any], parallel: dict[str, Any], ranks: int):
     assert violations(sequences(**pacing) | parallel, ranks) == []
+
+
+def test_a_corpus_without_validation_text_cannot_be_evaluated_on():
+    corpus = dataclasses.replace(CORPUS, valid_tokens={"books": 0, "code": 0})
+    assert violations({}, corpus=corpus) == [
+        "[eval-samples] eval.samples=64: found a corpus without a validation split, expected text to "
+        "evaluate on. Fix: eval.samples=0, or a corpus with valid_fraction=0.01"
+    ]
+    assert violations({"eval.samples": 0}, corpus=corpus) == []
+    loading = DynamicLoadingConfig(reference={"books": 1.0, "code": 1.0})
+    changes = {"techniques.dynamic_loading": loading, "eval.every": 10}
+    assert violations(changes, corpus=dataclasses.replace(CORPUS, valid_tokens={"books": 9, "code": 0})) == [
+        "[dynamic-loading] data.path=corpus: found no validation text in code, expected some in each domain "
+        "that is mixed. Fix: build the corpus with a larger valid_fraction, or leave them out of data.mixture"
+    ]
+    below = dataclasses.replace(loading, reference={"books": -1.0, "code": 1.0})
+    assert violations({**changes, "techniques.dynamic_loading": below}) == [
+        "[dynamic-loading] techniques.dynamic_loading.reference.books=-1: found -1, expected 0 or more. "
+        "Fix: give the loss of a model in nats a token"
+    ]

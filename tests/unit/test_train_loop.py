@@ -286,7 +286,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
 
 def test_evaluate_alone() -> None:
     diary = Diary(1)
-    assert evaluate(run_of(diary)).loss == 3.0
+    assert evaluate(run_of(diary), regular=True).loss == 3.0
     assert diary.calls == EVALUATE[1:-1]
 
 
