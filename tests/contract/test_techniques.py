@@ -299,7 +299,7 @@ def test_only_what_is_declared_changes(lab: Lab, name: str) -> None:
     assert lab.ranks.run(train, config, True) == lab.run(name)[0]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_is_exact(lab: Lab, name: str, world: int) -> None:
     digests, rows, _ = lab.run(name, world)
@@ -318,8 +318,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+SLOW = {"data4", "sequence2"}  # much as data2 and tensor2
+
+
 @pytest.mark.parametrize(
-    ("name", "layout"), [pair for pair in itertools.product(NAMES, LAYOUTS) if pair not in REFUSED]
+    ("name", "layout"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] in SLOW else [])
+        for pair in itertools.product(NAMES, LAYOUTS)
+        if pair not in REFUSED
+    ],
 )
 def test_topology_does_not_matter(lab: Lab, name: str, layout: str) -> None:
     world, parallel = LAYOUTS[layout]
@@ -328,8 +336,11 @@ def test_topology_does_not_matter(lab: Lab, name: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})],
-    ids=["data2", "tensor2", "pipeline2"],
+    [
+        pytest.param(2, {}, id="data2"),
+        pytest.param(2, {"tensor": 2}, id="tensor2", marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2}, id="pipeline2", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_state_survives_a_change_of_topology(
