@@ -32,6 +32,9 @@ DATA = {
     "packing": "document",
     "seed": 1,
     "seq_len": 16,
+    "block": 1,
+    "order_seeds": {},
+    "difficulty": None,
 }
 CONFIG = {
     "model": {"hidden": 8, "activation": "swiglu", "moe": {"top_k": 2}},
