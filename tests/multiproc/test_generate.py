@@ -194,7 +194,7 @@ def test_another_tokenizer_is_refused(ranks, runs, tmp_path, capsys):
     assert cli.main(["generate", f"checkpoint={runs['1 rank']}", f"data={other}"]) == 2
     assert capsys.readouterr().err == (
         f"data={other}: found another tokenizer than the checkpoint was trained with, expected the corpus of "
-        "the run. Fix: name the corpus directory of the run with data=\n"
+        "the run, or one with its tokenizer. Fix: name such a corpus with data=\n"
     )
 
 

@@ -206,7 +206,7 @@ def test_a_check_that_fails_is_the_verdict(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_directory_that_cannot_be(ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    domain = {"name": "web", "splits": {"train": {"tokens": 100_000}}}
+    domain = {"name": "web", "splits": {"train": {"tokens": 100_000}, "valid": {"tokens": 9}}}
     manifest = {"tokenizer": {"vocab_size": 512}, "domains": [domain]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     run = tmp_path / "manifest.json"
