@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
+from megafab.data.derived import NAME
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.function import FORM, is_named
 
 METRICS = ("seqlen", "rarity", "compression", "loss")
-_DOMAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class TokenizerType(Enum):
@@ -98,7 +97,7 @@ def check_difficulty(config: DifficultyConfig) -> None:
         if config.scores and not loss
         else None,
         None
-        if _DOMAIN.fullmatch(config.out_name)
+        if NAME.fullmatch(config.out_name)
         else ConfigError(
             f"name={config.name}", "no name of a directory", "letters, digits, '_', '-', '.'", "another name"
         ),
@@ -160,7 +159,7 @@ def _at_least(key: str, value: int, least: int) -> ConfigError | None:
 
 
 def _bad_domain(name: Any, value: Any) -> ConfigError | None:
-    if not isinstance(name, str) or not _DOMAIN.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         expected = "letters, digits, '_', '-' and '.', as files are named by it"
         return ConfigError(f"sources.{name}", f"the domain name {name!r}", expected, "rename the domain")
     values = value if isinstance(value, list) else [value]

@@ -39,7 +39,7 @@ _UNUSED = "nothing in this version"
 OPTIONAL = (
     Part(
         "transformer-engine",
-        f"{_UNUSED}",
+        _UNUSED,
         "pip install 'megafab[gpu]'",
         "transformer_engine",
     ),

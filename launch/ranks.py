@@ -108,15 +108,19 @@ def start(ranks: int, argv: Sequence[str], *, run_dir: Path, threads: int | None
         return job.wait()
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(ranks: int, port: int, threads: int | None) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         **os.environ,
         LAUNCHED: "1",
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads or max(1, cores // ranks)),
+        "OMP_NUM_THREADS": str(threads or max(1, cores() // ranks)),
     }
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from data_pipeline.pool import Pool
+from launch.ranks import cores
 from megafab.config import load
 from megafab.config.score import ScoreConfig, check
 from megafab.errors import ConfigError
 from megafab.telemetry.meter import Meter
-
-_WORDS = {"seal": "checkpoint", "seq_len": "seq_len", "corpus": "corpus"}
 
 
 def main(overrides: list[str]) -> int:
@@ -25,22 +22,22 @@ def main(overrides: list[str]) -> int:
         expected = f"at most the {run.model.seq_len} that the reference was trained with"
         raise ConfigError(f"seq_len={seq_len}", f"{seq_len}", expected, "leave seq_len out")
     from megafab.checkpoint import store
-    from megafab.data.derived import SCORES
+    from megafab.data.derived import MANIFEST, SCORES
     from megafab.score import Job, score
 
     out, checkpoint = SCORES.directory(corpus.path, config.name), checkpoint.resolve()
     seal = store.read_manifest(checkpoint)["seal"]
-    if (out / "manifest.json").exists():
+    if (out / MANIFEST).exists():
         manifest = SCORES.read(out)
-        wanted = {"seal": seal, "seq_len": seq_len, "corpus": corpus.fingerprint}
-        other = {key: manifest[key] for key, value in wanted.items() if manifest.get(key) != value}
+        known = {"checkpoint": manifest["seal"], "seq_len": manifest["seq_len"], "corpus": manifest["corpus"]}
+        wanted = {"checkpoint": seal, "seq_len": seq_len, "corpus": corpus.fingerprint}
+        other = ", ".join(f"another {word}" for word, value in wanted.items() if known[word] != value)
         if other:
-            found = ", ".join(f"another {_WORDS[key]}" for key, value in other.items())
             fix = "give another name=, or remove it"
-            raise ConfigError(f"name={config.name}", f"scores there with {found}", "none, or the same", fix)
+            raise ConfigError(f"name={config.name}", f"scores there with {other}", "none, or the same", fix)
         print(f"{out} is there already")
         return 0
-    threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    threads = max(1, cores() // config.workers)
     job = Job(run, checkpoint, seal, corpus.path, out, seq_len, config.micro_batch, threads)
     meter: Meter | None = None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from megafab.data.derived import NAME
 from megafab.errors import ConfigError, ConfigErrors
 
 
@@ -33,7 +33,7 @@ def check(config: ScoreConfig) -> None:
         for key in ("seq_len", "micro_batch", "workers")
         if (value := getattr(config, key)) is not None and value < 1
     ]
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
+    if not NAME.fullmatch(config.name):
         fix = "name=reference"
         problems.append(ConfigError(f"name={config.name}", "no name of a directory", "a plain name", fix))
     if problems:
