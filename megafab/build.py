@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megafab.checkpoint.identity import identity
 from megafab.checkpoint.state import Checkpoints
-from megafab.config.schema import Precision, RunConfig
-from megafab.config.tree import to_tree
+from megafab.config import tree
+from megafab.config.schema import Precision, RunConfig, TrainConfig
 from megafab.data import mixture
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
@@ -25,10 +25,13 @@ from megafab.engine.capabilities import mode_of
 from megafab.engine.config import EngineName
 from megafab.engine.megatron import MegatronEngine
 from megafab.engine.sharded import Memory
+from megafab.errors import ConfigError
 from megafab.loss.ledger import LossLedger
 from megafab.model import plan as model_plan
 from megafab.model.shape import ModelShape
-from megafab.optim.schedules import Schedules
+from megafab.optim import schedule_text
+from megafab.optim.config import OptimConfig, ScheduleConfig
+from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
@@ -96,13 +99,14 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         block=config.data.block,
         max_epochs=config.data.max_epochs,
     )
-    plain = to_tree(config)
+    plain = tree.to_tree(config)
     peak = peak_flops(platform.device_name())
     telemetry = build_telemetry(
         config.run,
         config.tracking,
         config=plain,
         header=_header(config, shape, mesh, corpus, weights, engine.memory(), schedules.describe()),
+        preface=list(schedule_text.lines(schedules)),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
         peak_flops=peak * ranks if peak else None,
@@ -117,6 +121,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         telemetry=telemetry,
         checkpoints=Checkpoints(
             config=config.checkpoint,
+            start=config.start,
             run_dir=Path(config.run.dir),
             engine=engine,
             loader=loader,
@@ -131,6 +136,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             ),
             resolved=plain,
             topology=_axes(mesh),
+            rates=lambda config, then, now: rates(schedules, _schedules_of(config), then, now),
             message=telemetry.message,
             group=groups.host,
         ),
@@ -145,6 +151,22 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             max_skipped=config.train.max_skipped,
         ),
     )
+
+
+def _schedules_of(config: Mapping[str, Any]) -> Schedules | None:
+    """Those of the run whose configuration is in a checkpoint; None where weights come from elsewhere, or
+    another version of megafab wrote it."""
+    try:
+        return Schedules(
+            tree.build(TrainConfig, config["train"]),
+            tree.build(OptimConfig, config["optim"]),
+            tree.build(ScheduleConfig, config["schedule"]),
+            seq_len=config["model"]["seq_len"],
+            domain_weights=(1.0,),
+            data_ranks=1,
+        )
+    except (ConfigError, KeyError):
+        return None
 
 
 def _facts(

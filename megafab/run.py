@@ -25,12 +25,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Totals:
+    """What was spent on a training, or on what went before a run in it."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    layer_tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """How far training is. All counts are global, so that they survive a change of topology.
+    """How far a run is. All counts are global, so that they survive a change of topology.
 
     `tokens` counts positions the model computed (rows x sequence length), padding included, `layer_tokens`
     the same with positions that a layer left out not counted for it, `flops` the model FLOPs of it all;
-    `skipped` counts steps whose update was discarded, `skipped_in_a_row` the current streak.
+    `skipped` counts steps whose update was discarded, `skipped_in_a_row` the current streak. `before` is what
+    the runs have spent whose checkpoint this one began with.
     """
 
     step: int = 0
@@ -40,6 +52,25 @@ class Progress:
     flops: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    before: Totals = field(default_factory=Totals)
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Progress:
+        """The progress that `dataclasses.asdict` made `state` of."""
+        counts = {name: value for name, value in state.items() if name != "before"}
+        return Progress(**counts, before=Totals(**state.get("before", {})))
+
+    @property
+    def totals(self) -> Totals:
+        """What was spent so far, by this run and before it."""
+        before = self.before
+        return Totals(
+            before.steps + self.step,
+            before.samples + self.samples,
+            before.tokens + self.tokens,
+            before.layer_tokens + self.layer_tokens,
+            before.flops + self.flops,
+        )
 
     def advance(self, plan: StepPlan, outcome: StepOutcome) -> Progress:
         """The progress after a step; where its update was discarded, its data are consumed all the same."""
@@ -203,7 +234,8 @@ class StepRecord:
 
     `row` always has: step, samples, tokens, loss, grad_norm, lr, tokens_per_second, step_seconds, mfu
     (null where the device's peak is unknown), skipped, seconds (of each part of the step),
-    domain_loss, domain_weight; valid_loss and valid_domain_loss on steps that evaluated;
+    domain_loss, domain_weight, and of the whole training, with what the runs before have spent, total_steps,
+    total_tokens and total_flops; valid_loss and valid_domain_loss on steps that evaluated;
     a technique's own numbers under its name.
     """
 

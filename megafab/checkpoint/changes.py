@@ -15,7 +15,7 @@ MEANING = tuple(
     )
 )
 # Where a run is kept and shown, and how it is spread: a resume may change these without a word.
-_INCIDENTAL = ("run", "launch", "tracking", "checkpoint", "parallel")
+_INCIDENTAL = ("run", "launch", "tracking", "checkpoint", "start", "parallel")
 
 
 def changes(

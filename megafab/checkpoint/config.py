@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +22,22 @@ class CheckpointConfig:
         False  # resume although tokenizer, data, mixture, packing, seed or length differ
     )
     save_last: bool = True  # save when training ends
+
+
+class Carry(Enum):
+    """What becomes of a part of a checkpoint's state in the run that begins with it."""
+
+    reset = "reset"
+    keep = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class StartConfig:
+    """A run that begins with the weights of another: at step 0, with a schedule and techniques of its own.
+
+    Once it has saved, `checkpoint.resume=auto` goes on with that.
+    """
+
+    checkpoint: str | None = None  # a checkpoint, or a run for its newest; null: draw weights from train.seed
+    optimizer: Carry = Carry.reset  # keep: the moments too, and the count of updates
+    data: Carry = Carry.reset  # keep: every domain is read on from where it was, in its order

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megafab.checkpoint import identity, provenance, store
 from megafab.checkpoint.changes import MEANING, changes, shown
-from megafab.checkpoint.config import CheckpointConfig
+from megafab.checkpoint.config import Carry, CheckpointConfig, StartConfig
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.checkpoint.snapshot import Background, Snapshot
 from megafab.checkpoint.team import Team
@@ -88,7 +88,8 @@ class Checkpoints:
     logged at once, and the next save is made and waited for in place: if that fails too, it raises.
 
     Args:
-        config: when to save, what to keep, where to start from.
+        config: when to save, what to keep, where to go on from.
+        start: what a run begins with that does not go on.
         run_dir: checkpoints are in its `checkpoints/`.
         engine: owner of weights and optimizer.
         loader: owner of the position in the data.
@@ -96,6 +97,8 @@ class Checkpoints:
         data: the identity of the data (`identity.py`), which must agree for a resume to be exact.
         resolved: the whole configuration as plain values, to be found beside the weights.
         topology: sizes of the parallel axes, for the reader; a resume does not depend on them.
+        rates: says of a checkpoint's configuration and progress what the learning rate was there, and what it
+            is in the steps that follow the second progress.
         message: shows one line to the user; from any thread.
         group: process group of host memory; None: all ranks.
     """
@@ -104,6 +107,7 @@ class Checkpoints:
         self,
         *,
         config: CheckpointConfig,
+        start: StartConfig,
         run_dir: Path,
         engine: EngineState,
         loader: LoaderState,
@@ -111,14 +115,15 @@ class Checkpoints:
         data: identity.Identity,
         resolved: Mapping[str, Any],
         topology: Mapping[str, int],
+        rates: Callable[[Mapping[str, Any], Progress, Progress], str],
         message: Callable[[str], None],
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._start = config, start
         self._run_dir, self._directory = Path(run_dir), Path(run_dir) / "checkpoints"
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
-        self._message = message
+        self._rates, self._message = rates, message
         self._group, self._team = group, Team(group)
         self._lineage: list[dict[str, Any]] = []
         self._snapshot, self._background = Snapshot(), Background()
@@ -178,14 +183,15 @@ class Checkpoints:
         return store.path_of(self._directory, progress.step)
 
     def restore(self) -> Progress:
-        """Bring the run to where `checkpoint.resume` says; `Progress()` if there is nothing to resume from.
+        """Bring the run to where `checkpoint.resume` says, else `start`; `Progress()` if there is neither.
 
         With `auto` or a run directory, a damaged checkpoint is passed over with a warning and the one before
         it taken; every file is hashed before any is trusted, the ranks sharing the work. A run that was
         started from a path and has saved since goes on from there, so that the same command continues it.
 
         Other data, another model and another optimizer are refused; other settings that changed are told and
-        take effect. A checkpoint of weights alone begins a new run, which must have the same tokenizer.
+        take effect. `start.checkpoint`, and a checkpoint of weights alone, begin a new run, which must have
+        the same model and tokenizer.
 
         Raises:
             UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
@@ -195,22 +201,27 @@ class Checkpoints:
         if path is None:
             if self._team.one(self._has_rows):
                 self._message(f"{self._run_dir} has no checkpoint yet: the run begins again")
-            return Progress()
+            if self._start.checkpoint is None:
+                return Progress()
+            where = Path(self._start.checkpoint)
+            path = self._intact(self._team.one(lambda: store.locate(where, key="start.checkpoint")))
+            state = self._team.one(lambda: store.read_state(path))
+            return self._begin(path, state, self._start, f"start.checkpoint={where} ({path})")
+        where = f"checkpoint.resume={self._config.resume} ({path})"
         state = self._team.one(lambda: store.read_state(path))
-        changed = list(changes(state["config"], self._resolved))
-        self._require_same_model(path, changed)
         if state["weights_only"]:
-            self._begin_from_weights(path, state)
-            return Progress()
+            return self._begin(path, state, StartConfig(), where)
+        changed = list(changes(state["config"], self._resolved))
+        _require_same_model(where, changed, "resume with it, or begin a new run.dir")
         changed_data = identity.differences(state["data"], self._data)
         if changed_data and not self._config.allow_data_change:
-            raise self._refused(
-                path,
+            raise UserError(
+                where,
                 f"other data than the checkpoint's: {'; '.join(changed_data)}",
                 "the same samples in the same order, for the resumed run to equal the unbroken one",
                 "undo the change, begin a new run.dir, or accept it: checkpoint.allow_data_change=true",
             )
-        self._require_same_optimizer(path)
+        self._require_same_optimizer(path, where)
         self._message(f"resuming from {path}")
         if changed:
             told = (f"{key} from {shown(then)} to {shown(now)}" for key, then, now in changed)
@@ -231,7 +242,9 @@ class Checkpoints:
             position = identity.carried_on(position, self._loader.state_dict(), state["data"], self._data)
         self._loader.load_state_dict(position)
         self._remember(path, state, named)
-        return Progress(**state["progress"])
+        progress = Progress.from_state(state["progress"])
+        self._message(self._rates(state["config"], progress, progress))
+        return progress
 
     def _write(
         self,
@@ -289,6 +302,12 @@ class Checkpoints:
             if problem:
                 self._message(f"{problem}; nothing depends on it, and the next save writes it again")
 
+        return self._intact(paths) if paths else None, paths is not own
+
+    def _intact(self, paths: Sequence[Path]) -> Path:
+        """The first that is not damaged; every file is hashed, the ranks sharing the work."""
+        team = self._team
+
         def check(path: Path) -> dict[str, str]:
             parts = team.each(lambda: store.verify(path, part=team.rank, parts=team.size))
             return {name: problem for part in parts for name, problem in part.items()}
@@ -296,7 +315,8 @@ class Checkpoints:
         path, damaged = store.first_intact(paths, check)
         for problem in damaged:
             self._message(f"passing over a damaged checkpoint: {problem}")
-        return path, paths is not own
+        assert path is not None  # there are some, and it raises where all are damaged
+        return path
 
     def _require_unused(self, own: Sequence[Path]) -> None:
         if own or self._has_rows():
@@ -332,24 +352,43 @@ class Checkpoints:
             "checkpoint.resume=auto goes on with what is there; or give run.dir another place",
         )
 
-    def _begin_from_weights(self, path: Path, state: Mapping[str, Any]) -> None:
-        """A new run with the weights of a checkpoint that has nothing else to go on with."""
+    def _begin(self, path: Path, state: Mapping[str, Any], start: StartConfig, where: str) -> Progress:
+        """A new run with the weights of the checkpoint at `path`, and what else `start` keeps of it."""
+        model_changes = changes({"model": state["config"]["model"]}, {"model": self._resolved["model"]})
+        _require_same_model(where, model_changes, "take that, or make others of them: megafab ckpt grow")
         changed = identity.tokenizer_differences(state["data"], self._data)
         if changed and not self._config.allow_data_change:
-            raise self._refused(
-                path,
+            raise UserError(
+                where,
                 f"another tokenizer than that of the weights: {'; '.join(changed)}",
                 "theirs: each row of the embedding belongs to one of its ids",
                 "name a corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true",
             )
-        self._message(f"starting from the weights of {path}")
+        kept = start.optimizer is Carry.keep
+        if kept:
+            self._require_same_optimizer(path, where)
+        if start.data is Carry.keep and not state["data"]:
+            expected, fix = "the checkpoint of a run that has read data", "start.data=reset"
+            raise UserError(f"start.data=keep, {where}", "a checkpoint of weights alone", expected, fix)
+        self._message(
+            f"starting from {path}: optimizer {start.optimizer.value}, place in the data {start.data.value}"
+        )
         if changed:
             self._message(f"the data changed: {'; '.join(changed)}")
         tensors = self._engine.sharded_state()
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(store.WEIGHT)}
-        store.load(path, weights, group=self._group)
-        self._engine.load_state_dict(self._engine.state_dict())
+        wanted = {name: tensor for name, tensor in tensors.items() if kept or name.startswith(store.WEIGHT)}
+        store.load(path, wanted, group=self._group)
+        self._engine.load_state_dict(state["engine"] if kept else self._engine.state_dict())
+        if start.data is Carry.keep:
+            fresh = self._loader.state_dict()
+            self._loader.load_state_dict(
+                identity.carried_on(state["loader"], fresh, state["data"], self._data)
+            )
         self._remember(path, state, named=True)
+        parent = Progress.from_state(state["progress"])
+        progress = Progress(before=parent.totals)
+        self._message(self._rates(state["config"], parent, progress))
+        return progress
 
     def _remember(self, path: Path, state: Mapping[str, Any], named: bool) -> None:
         """Where the weights come from: every checkpoint that was named, not those of a run that went on."""
@@ -357,31 +396,19 @@ class Checkpoints:
         origin["written_at"] = state["written_at"]
         self._lineage = [*state["lineage"], *([origin] if named else [])]
 
-    def _refused(self, path: Path, found: str, expected: str, fix: str) -> UserError:
-        return UserError(f"checkpoint.resume={self._config.resume} ({path})", found, expected, fix)
-
-    def _require_same_model(self, path: Path, changed: Sequence[tuple[str, Any, Any]]) -> None:
-        for key, then, now in changed:
-            if key in MEANING and then is not None:
-                raise UserError(
-                    f"{key}={shown(now)}, checkpoint.resume={self._config.resume} ({path})",
-                    f"weights trained with {key}={shown(then)}",
-                    "the same model",
-                    f"resume with {key}={shown(then)}, or begin a new run.dir",
-                )
-
-    def _require_same_optimizer(self, path: Path) -> None:
+    def _require_same_optimizer(self, path: Path, where: str) -> None:
         """What the optimizer keeps of each parameter is what the checkpoint has of it."""
         mine = {name.partition("/")[0] for name in self._engine.sharded_state()}
         kept = sorted(set[str]().union(*self._team.each(lambda: mine)))
         names = self._team.one(lambda: store.tensor_names(path))
         saved = sorted({name.partition("/")[0] for name in names} - {"techniques"})
         if saved != kept:
-            raise self._refused(
-                path,
+            raise UserError(
+                where,
                 f"{', '.join(saved)} of each parameter, as another optimizer keeps them",
                 f"{', '.join(kept)}, as optim.name={self._resolved['optim']['name']} does",
-                "resume with the optimizer that the checkpoint was written with, or begin a new run.dir",
+                "take the optimizer that the checkpoint was written with, or begin a new run.dir with "
+                "start.optimizer=reset",
             )
 
     def _tensors(self, only: Container[str] | None = None) -> dict[str, LogicalTensor]:
@@ -391,6 +418,17 @@ class Checkpoints:
             **self._engine.sharded_state(),
             **{store.TECHNIQUES + name: tensor for name, tensor in theirs.items()},
         }
+
+
+def _require_same_model(where: str, changed: Iterable[tuple[str, Any, Any]], fix: str) -> None:
+    for key, then, now in changed:
+        if key in MEANING and then is not None:
+            raise UserError(
+                f"{key}={shown(now)}, {where}",
+                f"weights trained with {key}={shown(then)}",
+                "the same model",
+                f"{key}={shown(then)}: {fix}",
+            )
 
 
 def _new_group_like(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

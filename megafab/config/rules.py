@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from megafab.checkpoint.config import Carry
 from megafab.config import technique_rules
 from megafab.config.rule import (
     CorpusFacts,
@@ -642,6 +643,20 @@ def _keep_every(facts: Facts) -> Iterator[Violation]:
             fix = f"checkpoint.keep_every={_next_multiple(kept, every)}, or another checkpoint.every"
         expected = "a multiple of checkpoint.every: other steps are not saved"
         yield Violation(f"checkpoint.keep_every={kept}", f"checkpoint.every={every}", expected, fix)
+
+
+@rule("start")
+def _start(facts: Facts) -> Iterator[Violation]:
+    start, resume = facts.config.start, facts.config.checkpoint.resume
+    if start.checkpoint is None:
+        for key, value in (("optimizer", start.optimizer), ("data", start.data)):
+            if value is not Carry.reset:
+                expected, fix = "a checkpoint to keep it from", "set start.checkpoint, or leave it out"
+                yield Violation(f"start.{key}={value.value}", "no start.checkpoint", expected, fix)
+    elif resume not in ("auto", "none"):
+        where = f"start.checkpoint={start.checkpoint} checkpoint.resume={resume}"
+        fix = "start.checkpoint begins a new run, checkpoint.resume goes on with one: leave one out"
+        yield Violation(where, "two checkpoints", "one of them", fix)
 
 
 @rule("data-change", relates=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megafab.checkpoint.config import CheckpointConfig
+from megafab.checkpoint.config import CheckpointConfig, StartConfig
 from megafab.data.config import DataConfig, EvalConfig
 from megafab.engine.config import EngineConfig
 from megafab.model.config import ModelConfig
@@ -65,6 +65,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     techniques: TechniquesConfig = field(default_factory=TechniquesConfig)

@@ -210,16 +210,27 @@ class Schedules:
             cooldown=self._position(min(warmup + cooldown, self.total_steps)) - ends,
             decay=total - self._position(max(0, self.total_steps - decay)),
         )
-        self._boundaries = sorted({1, warmup, warmup + cooldown, self.total_steps - decay, self.total_steps})
+        self._ends = warmup, warmup + cooldown, self.total_steps - decay
+        self._boundaries = sorted({1, *self._ends, self.total_steps})
 
     def describe(self) -> str:
         """The learning rate at the end of each phase, for the reader."""
-        rates = (
-            (step, self._optim.lr * learning_rate_factor(self._schedule, self._phases, self._position(step)))
-            for step in self._boundaries
-            if 1 <= step <= self.total_steps
-        )
+        rates = ((n, self.rate_of(n)) for n in self._boundaries if 1 <= n <= self.total_steps)
         return f"{self._schedule.kind.value}: " + ", ".join(f"{lr:.3g} at step {n:,}" for n, lr in rates)
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Each phase with its first and last step, counted from 1; a phase of no steps is left out."""
+        warmup, cooldown, stable = (min(end, self.total_steps) for end in self._ends)
+        main = self._schedule.kind.value
+        falls = {
+            ScheduleKind.wsd: ("", "stable", "decay"),
+            ScheduleKind.infinite: ("cooldown", "constant", "anneal"),
+        }
+        names = falls.get(self._schedule.kind, ("", main, ""))
+        ends = (warmup, cooldown, max(stable, cooldown), self.total_steps)
+        firsts = (1, *(end + 1 for end in ends[:-1]))
+        named = zip(("warm-up", *names), firsts, ends, strict=True)
+        return [(name, first, last) for name, first, last in named if last >= first]
 
     def at(self, progress: Progress) -> StepPlan:
         """The plan of the step that follows `progress`.
@@ -245,6 +256,14 @@ class Schedules:
             flops=self._flops_per_token * global_batch * self._seq_len,
         )
 
+    def rate_of(self, step: int) -> float:
+        """The learning rate of a step, counted from 1; that of the last one beyond it.
+
+        Of whole sequences: techniques that leave tokens out let a run measured in tokens take more steps.
+        """
+        at = self._position(min(max(step, 1), self.total_steps))
+        return self._optim.lr * learning_rate_factor(self._schedule, self._phases, at)
+
     def remaining(self, progress: Progress) -> int:
         """What is left of the run, in its unit: steps or tokens. 0 when it is done."""
         if self._train.steps is not None:
@@ -255,6 +274,29 @@ class Schedules:
     def _counted(self, progress: Progress) -> int:
         """The tokens so far, of those that the run is measured in."""
         return progress.tokens if self._train.count is Count.tokens else progress.layer_tokens
+
+
+def rates(schedules: Schedules, old: Schedules | None, then: Progress, now: Progress) -> str:
+    """The learning rate of the next steps beside what a checkpoint's own schedule has there, in one line.
+
+    Args:
+        schedules: of this run.
+        old: of the run that wrote the checkpoint; None where nobody knows.
+        then: its progress.
+        now: that of this run, from which the steps are counted.
+    """
+    ahead = sorted({step for step in (1, 2, 10, 100) if now.step + step < schedules.total_steps})
+    steps = [*(now.step + step for step in ahead), schedules.total_steps]
+    new = {step: schedules.rate_of(step) for step in steps}
+    shown = ", ".join(f"{lr:.3g} at step {step:,}" for step, lr in new.items())
+    if old is None:
+        return f"learning rate: {shown}"
+    if then.step != now.step:
+        return f"learning rate: {old.rate_of(then.step):.3g} at the end of what went before; now {shown}"
+    was = {step: old.rate_of(step) for step in steps}
+    if all(math.isclose(was[step], lr, rel_tol=1e-12) for step, lr in new.items()):
+        return f"learning rate: {shown}, as before"
+    return f"learning rate: {shown}; it was to be {', '.join(f'{lr:.3g}' for lr in was.values())}"
 
 
 def _steps(length: float, total: int) -> int:

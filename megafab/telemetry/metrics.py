@@ -120,6 +120,9 @@ class Telemetry:
             "tokens": progress.tokens,
             "layer_tokens": progress.layer_tokens,
             "flops": progress.flops,
+            "total_steps": progress.totals.steps,
+            "total_tokens": progress.totals.tokens,
+            "total_flops": progress.totals.flops,
             "loss": loss,
             "grad_norm": outcome.norm,
             "lr": plan.lr,
@@ -204,6 +207,7 @@ def build_telemetry(
     *,
     config: Mapping[str, Any],
     header: Mapping[str, str],
+    preface: Sequence[str],
     is_writer: bool,
     log_every: int,
     peak_flops: float | None,
@@ -215,6 +219,7 @@ def build_telemetry(
     Args:
         config: the whole resolved configuration as plain values, for config.yaml and wandb.
         header: model, parameters, topology, engine, data, precision and the like, label by label.
+        preface: lines for the terminal after it.
 
     The other arguments are those of `Telemetry`.
 
@@ -224,7 +229,7 @@ def build_telemetry(
     sinks: list[Sink] = []
     if is_writer:
         directory = Path(run.dir)
-        terminal = Terminal(directory, total_steps, header)
+        terminal = Terminal(directory, total_steps, header, preface=preface)
         sinks = [terminal, JsonlSink(directory, header, config)]
         if tracking.kind is TrackingKind.wandb:
             sinks.append(WandbSink(directory, tracking, run.name, config, terminal.message))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
@@ -26,23 +26,29 @@ class Terminal(Sink):
         run_dir: where `log.txt` grows, over all sessions of the run.
         total_steps: the length of the run; more steps may come, where they turn out to hold fewer tokens.
         header: facts shown once before the first step, label by label.
+        preface: lines shown after them.
         stream: standard output unless given.
     """
 
     def __init__(
-        self, run_dir: Path, total_steps: int, header: Mapping[str, str], stream: TextIO | None = None
+        self,
+        run_dir: Path,
+        total_steps: int,
+        header: Mapping[str, str],
+        stream: TextIO | None = None,
+        preface: Sequence[str] = (),
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
         self._stream = stream or sys.stdout
         self._total = total_steps
-        self._header = header
+        self._header, self._preface = header, preface
         self._bar: Bar | None = None
         self._speaking = Lock()
 
     def open(self, step: int) -> None:
         """Show the header and where the run stands, then start the bar."""
-        for line in header_lines(self._header):
+        for line in (*header_lines(self._header), *self._preface):
             self.message(line)
         if step:
             self.message(f"resumed after step {step}")

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megafab.checkpoint import store
-from megafab.checkpoint.config import CheckpointConfig
+from megafab.checkpoint.config import Carry, CheckpointConfig, StartConfig
 from megafab.checkpoint.pieces import LogicalTensor, whole
 from megafab.checkpoint.state import Checkpoints
 from megafab.errors import UserError
-from megafab.run import Progress
+from megafab.run import Progress, Totals
 from megafab.topology.layout import Layout
 
 DATA = {
@@ -113,12 +113,22 @@ class Techniques:
 
 class Run:
     def __init__(
-        self, rank, world, directory, resume="auto", technique=True, data=DATA, config=CONFIG, **settings: Any
+        self,
+        rank,
+        world,
+        directory,
+        resume="auto",
+        technique=True,
+        data=DATA,
+        config=CONFIG,
+        start=None,
+        **settings: Any,
     ) -> None:
         self.engine, self.loader, self.average = Engine(rank, world), Loader(), Average()
         self.messages: list[str] = []
         self.checkpoints = Checkpoints(
             config=CheckpointConfig(**{"keep": 3, "resume": resume, "asynchronous": False, **settings}),
+            start=start or StartConfig(),
             run_dir=Path(directory),
             engine=self.engine,
             loader=self.loader,
@@ -126,6 +136,7 @@ class Run:
             data=data,
             resolved=config,
             topology={"ranks": world},
+            rates=lambda config, then, now: f"lr {config['optim']['lr']} from {then.step} to {now.step}",
             message=self.messages.append,
         )
 
@@ -257,10 +268,72 @@ def test_a_path_is_refused_where_there_is_another_run(ranks, tmp_path):
 def test_weights_alone_begin_a_run(ranks, tmp_path):
     ranks.run(train, str(tmp_path / "a"), 20)
     ((progress, seen),) = ranks.run(resume_weights, str(tmp_path / "b"), str(tmp_path / "a"))
-    assert progress == Progress()
+    assert progress == Progress(before=BEFORE)
     master, copy, updates, samples, count, mean = seen
     assert master == copy == [20.0 + i for i in range(8)]
     assert (updates, samples, count, mean) == (0, 0, 0, None)
+
+
+BEFORE = Totals(steps=20, samples=80, tokens=1280)
+
+
+def begin_at(rank, world, directory, source, optimizer, data, *steps):
+    start = StartConfig(str(source), Carry[optimizer], Carry[data])
+    run = Run(rank, world, directory, start=start)
+    progress = run.checkpoints.restore()
+    seen = run.seen()
+    for step in steps:
+        run.train_to(step)
+    return progress, seen, run.loader.counts, run.messages
+
+
+@pytest.mark.parametrize("optimizer", ["reset", "keep"])
+@pytest.mark.parametrize("data", ["reset", "keep"])
+def test_a_run_begins_with_what_is_kept_of_another(ranks, tmp_path, optimizer, data):
+    ranks.run(train, str(tmp_path / "a"), 20, world=2)
+    arguments = str(tmp_path / "b"), str(tmp_path / "a"), optimizer, data
+    ((progress, seen, counts, told),) = ranks.run(begin_at, *arguments)
+    local = [20.0, 21.0, 22.0, 23.0] * 2
+    assert progress == Progress(before=BEFORE)
+    kept = optimizer == "keep", data == "keep"
+    assert seen == (local, local, 20 * kept[0], 80 * kept[1], 0, None)
+    assert counts == ({"books": 60, "code": 20} if kept[1] else {"books": 0, "code": 0})
+    source = tmp_path / "a" / "checkpoints" / "step_00000020"
+    assert told == [
+        f"starting from {source}: optimizer {optimizer}, place in the data {data}",
+        "lr 0.1 from 20 to 0",
+    ]
+
+
+def test_a_run_that_began_from_another_goes_on_with_itself(ranks, tmp_path):
+    ranks.run(train, str(tmp_path / "a"), 20)
+    arguments = str(tmp_path / "b"), str(tmp_path / "a"), "reset", "reset"
+    ranks.run(begin_at, *arguments, 30)
+    ((progress, _, _, told),) = ranks.run(begin_at, *arguments)
+    assert progress.step == 30
+    assert told[0] == f"resuming from {tmp_path}/b/checkpoints/step_00000030"
+    lineage = store.read_state(tmp_path / "b" / "checkpoints" / "step_00000030")["lineage"]
+    assert [Path(entry["from"]).parents[1].name for entry in lineage] == ["a"]
+
+
+def begin_otherwise(rank, world, directory, source, model, state, data):
+    start = StartConfig(str(weights_of(source, **state)), data=Carry[data])
+    run = Run(rank, world, directory, config={**CONFIG, "model": {**CONFIG["model"], **model}}, start=start)
+    return run.checkpoints.restore()
+
+
+@pytest.mark.parametrize(
+    ("model", "state", "data", "line"),
+    [
+        ({"activation": "gelu"}, {}, "reset", r"model\.activation=gelu, start.checkpoint=.*: found weights "
+         r"trained with model\.activation=swiglu, .* megafab ckpt grow"),
+        ({}, {"data": {}}, "keep", "start.data=keep, start.checkpoint=.*: found a checkpoint of weights"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_begun_with_is_refused(ranks, tmp_path, model, state, data, line):
+    ranks.run(train, str(tmp_path / "a"), 20)
+    with pytest.raises(UserError, match=line):
+        ranks.run(begin_otherwise, str(tmp_path / "b"), str(tmp_path / "a"), model, state, data)
 
 
 def resume_weights(rank, world, directory, source):
@@ -297,8 +370,9 @@ def test_weights_of_another_tokenizer_are_refused_unless_allowed(ranks, tmp_path
         f"{difference}, expected theirs: each row of the embedding belongs to one of its ids. Fix: name a "
         "corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true"
     )
-    started = f"starting from the weights of {weights}"
-    assert ranks.run(begin_with, *arguments, True) == [[started, f"the data changed: {difference}"]]
+    ((started, told, _),) = ranks.run(begin_with, *arguments, True)
+    assert started.startswith(f"starting from {weights}: ")
+    assert told == f"the data changed: {difference}"
 
 
 def begin_with_an_import(rank, world, directory, source):
@@ -307,8 +381,8 @@ def begin_with_an_import(rank, world, directory, source):
 
 def test_an_import_tells_no_tokenizer_to_compare(ranks, tmp_path):
     ranks.run(train, str(tmp_path / "a"), 20)
-    ((message,),) = ranks.run(begin_with_an_import, str(tmp_path / "b"), str(tmp_path / "a"))
-    assert message.startswith("starting from the weights of ")
+    ((message, _),) = ranks.run(begin_with_an_import, str(tmp_path / "b"), str(tmp_path / "a"))
+    assert message.startswith("starting from ")
 
 
 def test_a_missing_path_is_refused(ranks, tmp_path):
@@ -413,8 +487,9 @@ def test_another_optimizer_is_refused(ranks, tmp_path):
         ranks.run(resume, str(tmp_path), world=2)
     assert str(caught.value) == (
         f"checkpoint.resume=auto ({tmp_path}/checkpoints/step_00000003): found lion_m, weight of each "
-        "parameter, as another optimizer keeps them, expected weight, as optim.name=sgd does. Fix: resume "
-        "with the optimizer that the checkpoint was written with, or begin a new run.dir"
+        "parameter, as another optimizer keeps them, expected weight, as optim.name=sgd does. Fix: take "
+        "the optimizer that the checkpoint was written with, or begin a new run.dir with "
+        "start.optimizer=reset"
     )
 
 

@@ -137,7 +137,7 @@ VALUE_MISTAKES = {
     "model.layers.x=3": (*UNKNOWN, "did you mean model.layers?"),
     "hydra.verbose=true": (
         *UNKNOWN,
-        "use one of model, parallel, engine, train, optim, schedule, data, eval, checkpoint, resilience, "
+        "use one of model, parallel, engine, train, optim, schedule, data, eval, checkpoint, start, resilience, "
         "tracking, techniques, run, launch",
     ),
     "checkpoint.qqqq=3": (

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megafab.checkpoint.config import CheckpointConfig
+from megafab.checkpoint.config import Carry, CheckpointConfig
 from megafab.config import rules, technique_rules
 from megafab.config.rule import CorpusFacts
 from megafab.config.rules import RuleErrors, check_all, corpus_facts
@@ -402,6 +402,16 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("keep-every", {"checkpoint.keep_every": 10}, 1),
         "checkpoint.keep_every=10: found checkpoint.every=0, expected a multiple of checkpoint.every: "
         "other steps are not saved. Fix: set checkpoint.every, or leave checkpoint.keep_every out",
+    ),
+    (
+        *("start", {"start.optimizer": Carry.keep}, 1),
+        "start.optimizer=keep: found no start.checkpoint, expected a checkpoint to keep it from. Fix: set "
+        "start.checkpoint, or leave it out",
+    ),
+    (
+        *("start", {"start.checkpoint": "runs/a", "checkpoint.resume": "runs/b"}, 1),
+        "start.checkpoint=runs/a checkpoint.resume=runs/b: found two checkpoints, expected one of them. Fix: "
+        "start.checkpoint begins a new run, checkpoint.resume goes on with one: leave one out",
     ),
     (
         *("data-change", {"checkpoint.allow_data_change": True, "checkpoint.resume": "none"}, 1),

@@ -6,8 +6,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from megafab.config.schema import TrainConfig
 from megafab.errors import ConfigError
+from megafab.optim import schedule_text
 from megafab.optim.config import BatchRampConfig, Fall, OptimConfig, ScheduleConfig, ScheduleKind
 from megafab.optim.schedules import BatchRamp, Schedules, fall
+from megafab.optim.schedules import rates as resumed_rates
 from megafab.run import Progress, StepOutcome, Verdict
 
 PEAK, RATIO = 3e-4, 0.1
@@ -128,6 +130,47 @@ def test_what_is_said_of_a_schedule_is_what_it_does() -> None:
         "infinite: 3e-05 at step 1, 0.0003 at step 10, 0.000165 at step 30, 0.000165 at step 80, "
         "3e-05 at step 100"
     )
+
+
+def test_phases_and_what_is_shown_of_them() -> None:
+    config = ScheduleConfig(kind=ScheduleKind.infinite, decay=20, decay_shape=Fall.exponential, **INFINITE)
+    made = schedules(TrainConfig(steps=100), config)
+    assert made.phases() == [
+        ("warm-up", 1, 10),
+        ("cooldown", 11, 30),
+        ("constant", 31, 80),
+        ("anneal", 81, 100),
+    ]
+    shown = list(schedule_text.lines(made))
+    assert shown[2].split() == ["cooldown", "11", "to", "30", "0.000299", "to", "0.000165"]
+    curve = [line.partition("|")[2] for line in shown[5:11]]
+    assert all(sum(row[c : c + 1] == "*" for row in curve) == 1 for c in range(60))  # one height a column
+    assert curve[-1].startswith("*")  # the first step is at a tenth of the peak
+    assert curve[2][30] == "*"  # and the plateau at 0.55 of it: the fourth of six heights
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_short_runs_can_be_shown_too(steps: int) -> None:
+    made = schedules(TrainConfig(steps=steps), ScheduleConfig(kind=ScheduleKind.wsd, warmup=1, decay=0.2))
+    last = [last for _, _, last in made.phases()]
+    assert last[-1] == steps
+    assert len(list(schedule_text.lines(made))) > 6
+
+
+def test_a_resume_shows_old_and_new_rates() -> None:
+    now = schedules(TrainConfig(steps=40), ScheduleConfig(warmup=2))
+    at = Progress(step=20)
+    new = f"learning rate: {', '.join(f'{now.rate_of(n):.3g} at step {n}' for n in (21, 22, 30, 40))}"
+    assert (
+        resumed_rates(now, schedules(TrainConfig(steps=40), ScheduleConfig(warmup=2)), at, at)
+        == f"{new}, as before"
+    )
+    old = schedules(TrainConfig(steps=80), ScheduleConfig(warmup=2))
+    was = ", ".join(f"{old.rate_of(n):.3g}" for n in (21, 22, 30, 40))
+    assert resumed_rates(now, old, at, at) == f"{new}; it was to be {was}"
+    begun = resumed_rates(now, schedules(TrainConfig(steps=20), ScheduleConfig(warmup=2)), at, Progress())
+    assert begun.startswith("learning rate: 3e-05 at the end of what went before; now 0.00015 at step 1, ")
+    assert resumed_rates(now, None, at, Progress()).startswith("learning rate: 0.00015 at step 1, ")
 
 
 def test_constant_stays_at_the_peak() -> None:
