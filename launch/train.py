@@ -1,4 +1,8 @@
-"""`megafab train`: check the configuration, then train here or start the local ranks that do."""
+"""`megafab train`: check the configuration, then train here or start the local ranks that do.
+
+A recipe with stages is run stage by stage, each by ranks of its own that are told `stage=NAME`. In a job that
+something else started (srun, torchrun) a command is one stage, since stages may differ in their ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,78 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from launch import ranks as local
+from megafab import stages as staged
 from megafab.config import load, rules
+from megafab.config import stages as declared
 from megafab.config.schema import RunConfig
+from megafab.config.stages import Stage
+from megafab.config.tree import did_you_mean
 from megafab.errors import ConfigError
+
+_STAGE = "stage="
+_COMMAND = (sys.executable, "-m", "launch.cli", "train")
 
 
 def main(overrides: list[str]) -> int:
     """Train as `overrides` say; returns the exit code."""
-    config = load.load(overrides)
+    chosen = [text for text in overrides if text.startswith(_STAGE)]
+    rest = [text for text in overrides if not text.startswith(_STAGE)]
+    stages = declared.of(rest)
+    if not stages and not chosen:
+        return _train(load.load(rest), rest)
+    declared.check_all(stages)
+    if not chosen and not local.is_joining():
+        return _train_stages(stages, rest)
+    stage = _chosen(stages, chosen)
+    if local.rank_environment().rank == 0:
+        _make_run_directory(Path(stage.config.run.dir))
+        staged.prepare(stage, stages, print)
+    return _train(stage.config, overrides)
+
+
+def _chosen(stages: Sequence[Stage], chosen: Sequence[str]) -> Stage:
+    names = [stage.name for stage in stages]
+    name = chosen[-1].removeprefix(_STAGE) if chosen else None
+    if name not in names:
+        where, found = (chosen[-1], f"no stage {name}") if chosen else ("stage", "no choice")
+        expected = f"one of {', '.join(names)}" if names else "a recipe that has stages"
+        fix = did_you_mean(name or "", names) or (f"add stage={names[0]}" if names else "leave it out")
+        raise ConfigError(where, found, expected, fix)
+    return stages[names.index(name)]
+
+
+def _train_stages(stages: Sequence[Stage], overrides: Sequence[str]) -> int:
+    """What is left of the stages, each on ranks of its own."""
+
+    def train(stage: Stage) -> int:
+        run_dir, launch = Path(stage.config.run.dir), stage.config.launch
+        _make_run_directory(run_dir)
+        staged.prepare(stage, stages, print)
+        command = [*_COMMAND, *overrides, f"{_STAGE}{stage.name}"]
+        return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads)
+
+    root = Path(stages[0].config.run.dir).parent
+    _make_run_directory(root)
+    with alone(root):
+        return staged.run(stages, root, train, lambda text: print(text, flush=True))
+
+
+def _train(config: RunConfig, overrides: Sequence[str]) -> int:
+    """One run: as one of its ranks, or by starting them with the same `overrides`."""
     rank, local_rank, world = local.rank_environment()
     ranks = world if local.is_joining() else config.launch.ranks
     rules.check_all(config, ranks=ranks, corpus=rules.corpus_facts(config))
     if rank == 0:
         _make_run_directory(Path(config.run.dir))
     if ranks > 1 and not local.is_joining():
-        command = [sys.executable, "-m", "launch.cli", "train", *overrides]
+        command = [*_COMMAND, *overrides]
         return local.start(ranks, command, run_dir=Path(config.run.dir), threads=config.launch.threads)
-    return _train(config, rank, local_rank, ranks)
+    return _train_rank(config, rank, local_rank, ranks)
 
 
 def _make_run_directory(path: Path) -> None:
@@ -44,7 +98,7 @@ def _make_run_directory(path: Path) -> None:
     raise ConfigError(f"run.dir={path}", found, "a directory for the run", "give run.dir another place")
 
 
-def _train(config: RunConfig, rank: int, local_rank: int, ranks: int) -> int:
+def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> int:
     """One rank of the job. Heavy imports come after every check."""
     if config.launch.device.value != "auto":
         os.environ["MEGAFAB_DEVICE"] = config.launch.device.value
@@ -58,8 +112,12 @@ def _train(config: RunConfig, rank: int, local_rank: int, ranks: int) -> int:
 
     with alone(Path(config.run.dir)) if rank == 0 else nullcontext():
         run = build(config, ranks=ranks)
-        fit(run)
+        if rank == 0:
+            staged.begin(config)
+        progress = fit(run)
         shutdown()
+        if rank == 0 and not run.schedules.remaining(progress):
+            staged.finish(config, progress)
     return run.signals.exit_code
 
 

@@ -10,8 +10,6 @@ logging) is never started, and torch is not imported.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,8 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Sections that say where a run is kept and shown, not what it computes.
-_NOT_IN_FINGERPRINT = ("run", "launch", "tracking", "checkpoint")
+_STAGES = "stages"  # the key of a recipe that `config/stages.py` makes several runs of
 
 
 def load(overrides: Sequence[str], config_name: str = "train") -> RunConfig:
@@ -54,31 +51,41 @@ def load(overrides: Sequence[str], config_name: str = "train") -> RunConfig:
     return compose(RunConfig, config_name, overrides)
 
 
-def compose(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
+def compose(schema: type[T], config_name: str, overrides: Sequence[str], *, under: Tree | None = None) -> T:
     """A verb's configuration: `schema` with `conf/<config_name>.yaml` and the overrides laid over it.
 
     Keys that exist neither in the files nor on the command line keep the dataclasses' defaults. An
     override of a `dict[str, X]` key replaces the mapping, one of a section is merged into it.
+
+    Args:
+        schema: the dataclass.
+        config_name: of the file.
+        overrides: of the command line.
+        under: what one stage of a recipe says, values and choices of groups, between the files and the
+            overrides; None: this is no stage, and files that have stages are refused.
 
     Raises:
         ConfigError: with one line for every mistake in the overrides or the files.
     """
     groups = config_groups(config_name)
     problems: list[ConfigError] = []
-    choices: list[str] = []
-    values: list[_Value] = []
     undecided: list[ConfigError] = []  # without every choice there is nothing to compose
-    for override in _parse(overrides, schema, problems):
-        group = groups.get(override.key_or_group)
-        if group is not None and not isinstance(override.value(), dict):
-            choices += _choice(group, override, undecided)
-        else:
-            with _noting(problems):
-                values.append(_Value.of(override, schema, groups))
+    choices, values = _sorted(overrides, schema, groups, undecided, problems)
+    chosen = {choice.partition("=")[0] for choice in choices}
+    presets = {key: value for key, value in (under or {}).items() if _is_choice(key, value, groups)}
+    own = [_as_override(key, value) for key, value in presets.items() if key not in chosen]
+    choices = [*_sorted(own, schema, groups, undecided, problems)[0], *choices]
     undecided = undecided or _missing_choices(groups, choices)
     if undecided:
         raise ConfigErrors(undecided + problems)
-    tree = _merge(default_tree(schema), _hydra(config_name, choices))
+    files = _hydra(config_name, choices)
+    declared = files.pop(_STAGES, None)
+    if declared and under is None:
+        expected, fix = "a single run", "megafab train runs them all; to run one, add stage=NAME"
+        raise ConfigError("recipe", f"stages {', '.join(declared)}", expected, fix)
+    tree = _merge(default_tree(schema), files)
+    if under:
+        _lay(tree, {key: value for key, value in under.items() if key not in presets}, schema)
     for value in values:
         with _noting(problems):
             value.put(tree, groups, choices)
@@ -87,6 +94,21 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
         if not problems:
             return config
     raise ConfigErrors(problems)
+
+
+def declared_stages(overrides: Sequence[str]) -> Tree:
+    """The `stages` of a training run's files, by name and in order, for the recipe that is chosen; or none.
+
+    Raises:
+        ConfigError: with one line for every mistake in the choices.
+    """
+    groups = config_groups("train")
+    undecided: list[ConfigError] = []
+    choices, _ = _sorted(overrides, RunConfig, groups, undecided, [])
+    undecided = undecided or _missing_choices(groups, choices)
+    if undecided:
+        raise ConfigErrors(undecided)
+    return _hydra("train", choices).get(_STAGES) or {}
 
 
 def from_yaml(path: str | Path) -> RunConfig:
@@ -118,12 +140,6 @@ def resolved_yaml(config: Any) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
-
-
-def fingerprint(config: RunConfig) -> str:
-    """sha256 of what the run computes: all sections but run, launch, tracking and checkpoint."""
-    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IN_FINGERPRINT}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def config_directory() -> Path:
@@ -213,6 +229,48 @@ def _takes_text(schema: type, key: str) -> bool:
 def _quoted(text: str) -> str:
     """`text` in Hydra's double quotes; backslashes count only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), text) + '"'
+
+
+def _sorted(
+    overrides: Sequence[str],
+    schema: type,
+    groups: Mapping[str, Group],
+    undecided: list[ConfigError],
+    problems: list[ConfigError],
+) -> tuple[list[str], list[_Value]]:
+    """Choices of groups as Hydra takes them, and values; with what is wrong with either."""
+    choices: list[str] = []
+    values: list[_Value] = []
+    for override in _parse(overrides, schema, problems):
+        group = groups.get(override.key_or_group)
+        if group is not None and not isinstance(override.value(), dict):
+            choices += _choice(group, override, undecided)
+        else:
+            with _noting(problems):
+                values.append(_Value.of(override, schema, groups))
+    return choices, values
+
+
+def _is_choice(key: str, value: Any, groups: Mapping[str, Group]) -> bool:
+    return key in groups and not isinstance(value, dict)
+
+
+def _as_override(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"{key}=[{','.join(map(str, cast(list[Any], value)))}]"
+    return f"{key}={value}"
+
+
+def _lay(tree: Tree, over: Tree, schema: type, prefix: str = "") -> None:
+    """Lay a stage's values over the tree, in place: sections are merged, mappings replaced."""
+    for key, value in over.items():
+        annotation = annotation_of(schema, prefix + key)
+        if is_section(annotation) and isinstance(value, dict):
+            if not isinstance(tree.get(key), dict):
+                tree[key] = default_tree(unwrap(annotation)[0])
+            _lay(cast(Tree, tree[key]), cast(Tree, value), schema, f"{prefix}{key}.")
+        else:
+            tree[key] = value
 
 
 def _choice(group: Group, override: Override, problems: list[ConfigError]) -> list[str]:

@@ -29,6 +29,7 @@ class TrackingConfig:
     mode: WandbMode = WandbMode.auto
     project: str = "megafab"
     entity: str | None = None
+    group: str | None = None  # wandb shows the runs of a group together; null: none, or that of the stages
     tensorboard: bool = False
 
 

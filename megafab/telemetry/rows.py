@@ -18,6 +18,7 @@ from megafab.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 HEADER_FILE = "header.json"
 CONFIG_FILE = "config.yaml"
+STAGES_FILE = "stages.json"  # of a training in stages: their names and parents
 
 
 def to_line(row: Mapping[str, Any]) -> str:

@@ -189,6 +189,7 @@ class WandbSink(Sink):
             resume="allow" if mode == "online" else None,  # offline files of one id are joined at sync
             project=self._tracking.project,
             entity=self._tracking.entity,
+            group=self._tracking.group,
             name=self._name,
             config=dict(self._config),
             settings=settings,

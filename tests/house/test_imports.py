@@ -43,6 +43,7 @@ LEVELS = {
     "megafab.scorer": 7,
     "megafab.convert": 7,
     "megafab.train": 7,
+    "megafab.stages": 8,
     "data_pipeline": 8,
     "launch": 9,
     "tools": 10,
