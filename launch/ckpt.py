@@ -12,11 +12,17 @@
                           judge=false: do not compare them, data=CORPUS
   convert HF_DIR to=DIR format=megafab
                           and from one, to begin a run with; max_kl, judge and data as above
+  grow    PATH to=DIR     a larger model, to begin a run with: layers=N depth=stack|interleave|zero|random|
+                          learned, hidden=N heads=N kv_heads=N ffn=N width=direct|zero|random|learned,
+                          vocab=N, experts=N; preserving=true: refuse if the logits move; optimizer=copy:
+                          with its moments; judge and data as above
+  grow    PATH advise=true tokens=N|flops=X
+                          how long to train PATH, and how often to stack it, for a grown model of that budget
 
 PATH is a directory step_XXXXXXXX, or a run directory, which stands for its newest checkpoint (verify: for
 all). DIR is made. As a run directory, it can be resumed, generated from and exported. Nothing is made of a
 damaged checkpoint: all its files are hashed first. No verb holds more than a few tensors in memory, but for
-the judge of a conversion, which holds one model.
+the judge of a conversion or growth, which holds one model, and for learned growth, which holds two.
 """
 
 from __future__ import annotations
@@ -109,6 +115,19 @@ def _convert(settings: config.ConvertConfig, path: Path) -> int:
     return 0
 
 
+def _grow(settings: config.GrowVerbConfig, path: Path) -> int:
+    os.environ["MEGAFAB_DEVICE"] = "cpu"
+    from megafab.checkpoint.surgery import advice, grow
+
+    if settings.advise:
+        for line in advice.of_checkpoint(_newest(path), settings, settings.tokens, settings.flops):
+            print(line)
+    else:
+        assert settings.to is not None  # config.check
+        grow.grow(_newest(path), Path(settings.to), settings, print)
+    return 0
+
+
 def _newest(path: Path) -> Path:
     """The newest whole checkpoint of a run directory; a step directory as it is, for the verb to check."""
     from megafab.checkpoint import store
@@ -131,4 +150,5 @@ VERBS: dict[str, tuple[type[Any], int, int | None, Callable[..., int]]] = {
     "diff": (config.DiffConfig, 2, 2, _diff),
     "average": (config.AverageConfig, 2, None, _average),
     "convert": (config.ConvertConfig, 1, 1, _convert),
+    "grow": (config.GrowVerbConfig, 1, 1, _grow),
 }

@@ -11,31 +11,30 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megafab import judge
 from megafab.checkpoint import hf, provenance, safetensors, tools, writer
 from megafab.checkpoint.reader import Reader, TensorInfo
 from megafab.checkpoint.store import TECHNIQUES, WEIGHT
 from megafab.config.ckpt import ConvertConfig, ExportType, Weights
-from megafab.config.load import load
+from megafab.config.overrides import model_overrides
 from megafab.config.schema import RunConfig
 from megafab.config.tree import build, to_tree
 from megafab.data import hf_tokenizer
 from megafab.data.format import Corpus
 from megafab.data.tokenizer import Tokenizer
 from megafab.errors import UserError
-from megafab.model.config import ModelConfig, Norm
+from megafab.model.config import ModelConfig
 from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
-from megafab.platform import platform
 from megafab.run import Progress
 from megafab.techniques.ema import EMA
 from megafab.telemetry.meter import Meter, size
-from megafab.topology.groups import shutdown
 
 _DTYPES = {ExportType.fp32: torch.float32, ExportType.bf16: torch.bfloat16, ExportType.fp16: torch.float16}
 # In fp32 only the order of sums differs: 3e-16 for a tiny Llama after two steps, 1e-12 with large weights.
@@ -43,7 +42,6 @@ _DTYPES = {ExportType.fp32: torch.float32, ExportType.bf16: torch.bfloat16, Expo
 # Rounding to 16 bits costs 1e-7 there, and grows with the model's confidence.
 _MAX_KL = {ExportType.fp32: 1e-8, ExportType.bf16: 1e-2, ExportType.fp16: 1e-2}
 _FILE_BYTES = 5_000_000_000  # of a safetensors file, as `transformers` cuts them
-_ROWS, _LENGTH = 3, 256  # sequences to judge on, and their most tokens
 _TRIAL = 2000  # tokens of each domain that a translated tokenizer is tried on
 
 Say = Callable[[str], None]
@@ -63,7 +61,9 @@ def to_hf(path: Path, settings: ConvertConfig, say: Say) -> None:
     pairs = list(architecture.pairs(shape))
     _require_all(weights, pairs, architecture.name)
     _require_memory(settings, weights)
-    corpus = _corpus(settings, reader.state, say)
+    corpus, missing = judge.corpus(settings.data, reader.state)
+    if corpus is None:
+        say(f"no tokenizer is written: {missing}")
     kind, to = settings.dtype or ExportType.fp32, Path(settings.to)
     dtype = _DTYPES[kind]
     with writer.fresh_directory(to) as draft:
@@ -118,7 +118,7 @@ def from_hf(source: Path, settings: ConvertConfig, say: Say) -> None:
         _judge(config, weights, source, shape, corpus, settings, say)
     checkpoint = to / made.relative_to(draft)
     say(f"{checkpoint}: {shape.parameters:,} parameters. To begin a run with it:")
-    say(f"megafab train checkpoint.resume={checkpoint} {' '.join(_overrides(model))} data.path=DIR")
+    say(f"megafab train checkpoint.resume={checkpoint} {' '.join(model_overrides(model))} data.path=DIR")
 
 
 class _Weights:
@@ -171,46 +171,8 @@ def _require_memory(settings: ConvertConfig, weights: _Weights) -> None:
     if not settings.judge:
         return
     needed = sum(info.nbytes for info in weights.infos.values())
-    free = _available_memory()
-    if free is not None and needed > 0.9 * free:
-        raise UserError(
-            "judge=true",
-            f"{size(free)} of memory",
-            f"{size(needed)} and some, to run the models",
-            "convert on a larger machine, or set judge=false and compare later",
-        )
-
-
-def _available_memory() -> int | None:
-    """Bytes that this machine can give; None where it does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    values = dict(line.split(":", 1) for line in text.splitlines())
-    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
-
-
-def _corpus(settings: ConvertConfig, state: Mapping[str, Any], say: Say) -> Corpus | None:
-    """The corpus that `data` names, or that of the run if it is still there."""
-    where = settings.data or state["config"].get("data", {}).get("path")
-    trained_with = state["data"].get("tokenizer")
-    if where is None:
-        say("no corpus: no tokenizer is written (data=DIR names one)")
-        return None
-    try:
-        corpus = Corpus.open(where)
-    except UserError as error:
-        if settings.data:
-            raise
-        say(f"no tokenizer is written: {error.where}: {error.found} (data=DIR names another place)")
-        return None
-    if trained_with not in (None, corpus.tokenizer_fingerprint):
-        found = f"tokenizer {corpus.tokenizer_fingerprint[:12]}"
-        raise UserError(
-            f"data={where}", found, f"{trained_with[:12]}, as in training", "name the run's corpus"
-        )
-    return corpus
+    fix = "convert on a larger machine, or set judge=false and compare later"
+    judge.require_memory("judge=true", needed, "to run the models", fix)
 
 
 def _texts(corpus: Corpus) -> list[str]:
@@ -333,29 +295,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How alike two models predict.
-
-    `kl` is the mean of KL(ours || theirs) in nats a token, `max_abs` the largest difference of a logit.
-    """
-
-    kl: float
-    max_abs: float
-
-
-def compare(ours: torch.Tensor, theirs: torch.Tensor) -> Agreement:
-    """The agreement of two sets of logits [..., V], in double precision a few tokens at a time."""
-    total, largest = 0.0, 0.0
-    a, b = ours.flatten(0, -2), theirs.flatten(0, -2)
-    for x, y in zip(a.split(64), b.split(64), strict=True):
-        x, y = x.double(), y.double()
-        largest = max(largest, float((x - y).abs().max()))
-        p, q = x.log_softmax(-1), y.log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-    return Agreement(total / len(a), largest)
-
-
 def _judge(
     config: RunConfig,
     weights: _Weights,
@@ -372,10 +311,10 @@ def _judge(
     if importlib.util.find_spec("transformers") is None:
         say("transformers is not installed: the logits were not compared (pip install 'megafab[eval]')")
         return
-    tokens, what = _tokens(corpus, shape)
-    ours = _our_logits(config, weights, tokens, shape.vocab)
+    tokens, what = judge.text(corpus, seq_len=shape.config.seq_len, vocab=shape.vocab)
+    ours = judge.logits(config, weights.path, tokens, shape.vocab, prefix=weights.prefix)
     theirs = _their_logits(directory, tokens)
-    found = compare(ours, theirs)
+    found = judge.compare(ours, theirs)
     usual = _MAX_KL[settings.dtype or ExportType.fp32]
     limit = usual if settings.max_kl is None else settings.max_kl
     say(
@@ -389,30 +328,6 @@ def _judge(
             "models that predict the same",
             "report it, with the model's configuration; for 16 bits a larger max_kl may be right",
         )
-
-
-def _tokens(corpus: Corpus | None, shape: ModelShape) -> tuple[torch.Tensor, str]:
-    """Ids [rows, length] to judge on, and what they are."""
-    length = min(_LENGTH, shape.config.seq_len)
-    if corpus:
-        streams = [corpus.domain("train", index) for index in range(len(corpus.domains))]
-        rows = [torch.from_numpy(stream.read(0, length)) for stream in streams if stream.tokens >= length]
-        if rows:
-            return torch.stack(rows[:_ROWS]).long(), "real text"
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(shape.vocab, (_ROWS, length), generator=generator), "random ids"
-
-
-@torch.no_grad()
-def _our_logits(config: RunConfig, weights: _Weights, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
-    platform.start(0)
-    from megafab.generate import load_model  # Megatron-core must find the platform prepared
-
-    model = load_model(config, weights.path, vocab, prefix=weights.prefix)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    logits = model(tokens.to(platform.device), positions.to(platform.device), None).float().cpu()
-    shutdown()
-    return logits
 
 
 @torch.no_grad()
@@ -449,24 +364,6 @@ def _first_state(source: Path, architecture: hf.Architecture, model: ModelConfig
         "written_at": now,
         "lineage": [{**entry, "operation": f"import of {architecture.name}"}],
     }
-
-
-def _overrides(model: ModelConfig) -> Iterator[str]:
-    """What `megafab train` must be told for this model: a preset, and what differs from it."""
-    preset = "gpt_tiny" if model.norm is Norm.layernorm else "llama_tiny"
-    yield f"model={preset}"
-    base = dict(_flat(to_tree(load([f"model={preset}", "data.path=unused"]).model)))
-    for key, value in _flat(to_tree(model)):
-        if value != base[key]:
-            yield f"model.{key}={json.dumps(value).replace(chr(34), '')}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

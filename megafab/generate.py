@@ -42,6 +42,22 @@ def load_model(
         groups: those of one rank; None: they are made here.
     """
     groups = groups or topology.initialize(Mesh(1), seed=config.train.seed)
+    model = new_model(config, tokenizer_vocab, groups)
+    tensors = {
+        prefix + t.name: whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
+    }
+    store.load(step_directory, tensors)
+    return model.eval()
+
+
+def new_model(config: RunConfig, tokenizer_vocab: int, groups: Groups) -> GPT:
+    """The model of a run on this one process, in fp32, as it is before training.
+
+    Args:
+        config: of the run.
+        tokenizer_vocab: ids of the tokenizer.
+        groups: those of one rank.
+    """
     plan = model_plan.plan(
         ModelShape.of(config.model, tokenizer_vocab),
         groups,
@@ -51,11 +67,7 @@ def load_model(
         context_method=config.parallel.context_method,
     )
     (model,) = model_plan.build(plan, groups, config.train.seed)
-    tensors = {
-        prefix + t.name: whole(t.parameter.data, t.layout, owner=True) for t in tag_all([model], groups)
-    }
-    store.load(step_directory, tensors)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()

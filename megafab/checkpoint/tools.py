@@ -51,6 +51,7 @@ def describe(path: Path, *, tensors: bool) -> Iterator[str]:
     for entry in state["lineage"]:
         how = entry.get("operation", "resume")
         share = f" x {entry['weight']:.4g}" if "weight" in entry else ""
+        share += f" ({growth_in_words(entry['growth'])})" if "growth" in entry else ""
         yield f"          {how}{share}: {entry['from']}, step {entry['step']:,}, {entry['written_at']}"
     yield from _contents(reader, manifest["files"])
     if tensors:
@@ -72,6 +73,13 @@ def _contents(reader: Reader, files: Mapping[str, Mapping[str, Any]]) -> Iterato
         yield f"{'' if number else 'tensors':<9} {kind}: {len(infos)} of {types}, {total}"
     total = size(sum(entry["size"] for entry in files.values()))
     yield f"files     {len(files)}, {total}, each with its hash"
+
+
+def growth_in_words(growth: Mapping[str, Any]) -> str:
+    """What a lineage says of a growth: `layers 4 to 8, depth=stack`."""
+    sizes = [f"{key} {before} to {after}" for key, (before, after) in growth["sizes"].items()]
+    operators = [f"{key}={growth[key]}" for key in ("depth", "width") if growth[key]]
+    return ", ".join([*sizes, *operators])
 
 
 def verify(paths: Sequence[Path]) -> Iterator[tuple[Path, dict[str, str]]]:

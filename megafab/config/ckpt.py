@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from megafab.checkpoint.config import GrowConfig
 from megafab.config.tree import MISSING
 from megafab.errors import ConfigError
 
@@ -82,7 +83,17 @@ class ConvertConfig:
     data: str | None = None  # corpus for the tokenizer and the text to judge on; null: that of the run
 
 
-def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
+@dataclass(frozen=True, slots=True)
+class GrowVerbConfig(GrowConfig):
+    """`megafab ckpt grow PATH`."""
+
+    to: str | None = None  # directory to make; checkpoints/step_XXXXXXXX will be in it, as in a run's
+    advise: bool = False  # make nothing: say how long to train this model before it is stacked
+    tokens: int | None = None  # with advise: what the grown model will be trained on
+    flops: float | None = None  # with advise: or what its training will cost
+
+
+def check(config: ReshapeConfig | AverageConfig | ConvertConfig | GrowVerbConfig) -> None:
     """Refuse values that contradict each other or are out of range.
 
     Raises:
@@ -97,7 +108,9 @@ def check(config: ReshapeConfig | AverageConfig | ConvertConfig) -> None:
         )
     if isinstance(config, ConvertConfig):
         _check_conversion(config)
-    least = {"files": 1, "max_bytes": 1, "max_kl": 0}
+    if isinstance(config, GrowVerbConfig):
+        _check_growth(config)
+    least = {"files": 1, "max_bytes": 1, "max_kl": 0, "tokens": 1, "flops": 1}
     for key, low in least.items():
         value = getattr(config, key) if key in type(config).__dataclass_fields__ else None
         if value is not None and not value >= low:
@@ -125,3 +138,22 @@ def _check_conversion(config: ConvertConfig) -> None:
     if config.max_kl is not None and not config.judge:
         fix = "judge=true, or leave max_kl out"
         raise ConfigError(f"max_kl={config.max_kl}", "judge=false", "a judge to hold to it", fix)
+
+
+def _check_growth(config: GrowVerbConfig) -> None:
+    budget = {"tokens": config.tokens, "flops": config.flops}
+    given = {key: value for key, value in budget.items() if value is not None}
+    if config.advise:
+        unused = {"to": config.to, "data": config.data, "preserving": config.preserving or None}
+        for key, value in unused.items():
+            if value is not None:
+                found, expected = "advise=true, which makes nothing", "one of them"
+                raise ConfigError(f"{key}={value}", found, expected, f"leave {key} or advise out")
+        if len(given) != 1:
+            found, expected = f"{len(given)} budgets for the grown model", "one"
+            raise ConfigError("advise=true", found, expected, "give one of tokens and flops")
+    elif given:
+        key, value = next(iter(given.items()))
+        raise ConfigError(f"{key}={value}", "no advise=true", "advice to give for it", f"leave {key} out")
+    elif config.to is None:
+        raise ConfigError("to", "no value", "text", "add to=... to the command")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megafab.checkpoint.changes import MEANING, changes, shown
-from megafab.checkpoint.config import GrowConfig
+from megafab.checkpoint.config import Carry, GrowConfig, Moments
 from megafab.config import growth, load, rules
 from megafab.config.schema import RunConfig
 from megafab.config.tree import Tree, did_you_mean, field_types, to_tree
@@ -202,7 +202,17 @@ def _inheritance(stage: Stage, parent: Stage) -> list[ConfigError]:
     if not parent.config.checkpoint.save_last:
         where, fix = f"stages.{parent.name}.checkpoint.save_last=false", "leave it out"
         problems.append(ConfigError(where, "no last checkpoint", f"one for stage {stage.name}", fix))
-    if stage.operation.grow is not None:
+    grow, keeps = stage.operation.grow, stage.config.start.optimizer is Carry.keep
+    if keeps and (stage.operation.densify or (grow and grow.optimizer is not Moments.copy)):
+        expected = "moments in what it begins with"
+        found, fix = ("densify, which leaves them out", "start.optimizer=reset")
+        if grow is not None:
+            found, fix = "grow.optimizer=reset", "grow.optimizer=copy, where it is defined"
+        problems.append(ConfigError("start.optimizer=keep", found, expected, fix))
+    if grow is not None:
+        if grow.optimizer is Moments.copy and not keeps:
+            expected, fix = "start.optimizer=keep, for them to be used", "set both, or leave both out"
+            problems.append(ConfigError("grow.optimizer=copy", "start.optimizer=reset", expected, fix))
         return problems
     then, now = ({"model": to_tree(one.config.model)} for one in (parent, stage))
     for key, old, new in changes(then, now):

@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from megafab.model.config import ModelConfig
-from megafab.model.tags import TaggedParameter
-from megafab.topology.layout import Block
+from megafab.topology.layout import Block, Layout
+
+if TYPE_CHECKING:
+    from megafab.model.tags import TaggedParameter
 
 _BAND = 256  # rows
 
@@ -28,11 +31,23 @@ def initialize(parameters: Iterable[TaggedParameter], config: ModelConfig, seed:
             local = torch.empty(tagged.layout.local_shape)
             for block in tagged.layout.blocks:
                 where = tuple(slice(o, o + n) for o, n in zip(block.local_offset, block.shape, strict=True))
-                local[where] = _values(tagged.name, block, tagged.layout.global_shape, config, seed)
+                local[where] = _block(tagged.name, block, tagged.layout.global_shape, config, seed)
             tagged.parameter.copy_(local)
 
 
-def _values(
+def values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+    """The initial values of a whole parameter by its global name; fp32."""
+    (block,) = Layout.whole(shape).blocks
+    return _block(name, block, shape, config, seed)
+
+
+def generator(seed: int, name: str, band: int = 0) -> torch.Generator:
+    """What the `band`-th part of what `name` stands for is drawn with."""
+    digest = hashlib.blake2b(f"{seed}:{name}:{band}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _block(
     name: str, block: Block, global_shape: tuple[int, ...], config: ModelConfig, seed: int
 ) -> torch.Tensor:
     if len(global_shape) == 1:
@@ -45,14 +60,9 @@ def _values(
     first, count = block.global_offset[0], block.shape[0]
     bands = []
     for band in range(first // _BAND, -(-(first + count) // _BAND)):
-        generator = torch.Generator().manual_seed(_key(seed, name, band))
         height = min(_BAND, rows - band * _BAND)
-        bands.append(torch.empty(height, columns).normal_(0.0, std, generator=generator))
+        drawn = torch.empty(height, columns).normal_(0.0, std, generator=generator(seed, name, band))
+        bands.append(drawn)
     offset = first - first // _BAND * _BAND
     left = block.global_offset[1]
     return torch.cat(bands)[offset : offset + count, left : left + block.shape[1]]
-
-
-def _key(seed: int, name: str, band: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}:{band}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

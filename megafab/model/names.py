@@ -45,6 +45,8 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             linear(f"{at}.mlp.router", c.moe.experts, c.hidden, bias=False)
             for expert in range(c.moe.experts):
                 mlp(f"{at}.mlp.experts.local_experts.{expert}", shape.expert_ffn)
+            if c.moe.shared_ffn:
+                mlp(f"{at}.mlp.shared_experts", c.moe.shared_ffn)
         else:
             mlp(f"{at}.mlp", shape.ffn)
     norm("decoder.final_layernorm", c.hidden)

@@ -17,9 +17,9 @@ from launch.cli import main
 from megafab.checkpoint import hf
 from megafab.checkpoint import safetensors as files
 from megafab.config.load import load
-from megafab.convert import compare
 from megafab.data import hf_tokenizer
 from megafab.errors import UserError
+from megafab.judge import compare
 from megafab.model.config import Activation, ModelConfig, MoEConfig, Norm, Position
 from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
