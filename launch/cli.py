@@ -128,7 +128,17 @@ def _show_config(verb: Verb, arguments: list[str]) -> int:
     if arguments[at + 1 : at + 2] != ["job"]:
         found = " ".join(arguments[at + 1 : at + 2]) or "nothing"
         raise ConfigError("--cfg", found, "job, the one configuration there is", "--cfg job")
-    config = load.compose(verb.load_schema(), verb.config, arguments[:at] + arguments[at + 2 :])
+    overrides = arguments[:at] + arguments[at + 2 :]
+    if verb.config == "train":
+        from megafab.config import stages
+
+        declared = stages.of(overrides)
+        for stage in declared:
+            print(f"# stage {stage.name}\n{load.resolved_yaml(stage.config)}---", flush=True)
+        stages.check_all(declared)
+        if declared:
+            return 0
+    config = load.compose(verb.load_schema(), verb.config, overrides)
     print(load.resolved_yaml(config), end="", flush=True)
     if verb.config == "train":
         from launch.ranks import is_joining, rank_environment

@@ -1,7 +1,9 @@
 """usage: megafab report RUN_DIR [RUN_DIR ...] [out=FILE]
 
 Writes one HTML page with the plots of a run, or of several side by side: losses, domains, learning rate,
-gradient norm, speed, where the time of a step goes, what techniques report, and how configurations differ.
+gradient norm, speed, where the time of a step goes, what techniques report, how configurations differ, and
+what each run took to the loss that the first one ended with. The directory of a training in stages stands
+for all of them, with what each did to the losses of the domains; steps and tokens count from its beginning.
 The page needs no network. Without out= it becomes report.html in the (first) run directory.
 """
 

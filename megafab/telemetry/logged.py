@@ -16,12 +16,12 @@ from typing import Any
 
 from megafab.errors import UserError
 from megafab.telemetry.charts import Series
-from megafab.telemetry.rows import HEADER_FILE, METRICS_FILE, flatten, read_rows
+from megafab.telemetry.rows import HEADER_FILE, METRICS_FILE, STAGES_FILE, flatten, read_rows
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedRun:
-    """A run directory, read. `rows` are flat: `domain_loss/books`."""
+    """A run directory, read. `rows` are flat: `domain_loss/books`; `parent` names the run before it."""
 
     name: str
     color: int
@@ -29,6 +29,7 @@ class LoggedRun:
     config: Mapping[str, Any]
     header: Mapping[str, str]
     sample: str
+    parent: str = ""
 
     def column(self, key: str) -> list[float | None]:
         """The numbers under `key`, row by row; None where there is none."""
@@ -48,13 +49,13 @@ class LoggedRun:
         smooth: bool = False,
         sparse: bool = False,
     ) -> Series:
-        """The curve of `key`; `sparse` leaves out the rows that do not have the key at all."""
+        """The curve of `key` over the whole training; `sparse` leaves out rows that do not have the key."""
         rows = [row for row in self.rows if key in row] if sparse else self.rows
         return Series(
             name,
             color,
-            step=[row["step"] for row in rows],
-            tokens=[row.get("tokens", 0) for row in rows],
+            step=[row.get("total_steps", row["step"]) for row in rows],
+            tokens=[row.get("total_tokens", row.get("tokens", 0)) for row in rows],
             values=[_number(row.get(key)) for row in rows],
             dots=dots,
             smooth=smooth,
@@ -73,7 +74,31 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def load_run(path: Path, name: str, color: int = 0) -> LoggedRun:
+def load_runs(paths: Sequence[Path]) -> list[LoggedRun]:
+    """Read run directories; that of a training in stages stands for its stages, as far as they were begun.
+
+    Raises:
+        UserError: one is not a run directory, or has logged nothing yet.
+    """
+    shared = len({path.resolve().name for path in paths}) < len(paths)
+    places: list[tuple[Path, str, str]] = []
+    for path in paths:
+        name = str(path) if shared else path.resolve().name
+        listed = path / STAGES_FILE
+        if not listed.exists():
+            places.append((path, name, ""))
+            continue
+        stages = json.loads(listed.read_text(encoding="utf-8"))
+        begun = {stage: entry for stage, entry in stages.items() if (path / stage / METRICS_FILE).exists()}
+        if not begun:
+            raise UserError(str(path), "no stage with a row", "at least one", "let the first stage run")
+        for stage, entry in begun.items():
+            parent = f"{name}/{entry['parent']}" if entry["parent"] else ""
+            places.append((path / stage, f"{name}/{stage}", parent))
+    return [load_run(path, name, color, parent) for color, (path, name, parent) in enumerate(places)]
+
+
+def load_run(path: Path, name: str, color: int = 0, parent: str = "") -> LoggedRun:
     """Read a run directory.
 
     Raises:
@@ -94,6 +119,7 @@ def load_run(path: Path, name: str, color: int = 0) -> LoggedRun:
         config=_read_config(path / "config.yaml"),
         header=json.loads(header.read_text(encoding="utf-8")) if header.exists() else {},
         sample=sample.read_text(encoding="utf-8") if sample.exists() else "",
+        parent=parent,
     )
 
 
@@ -115,12 +141,13 @@ def summary(run: LoggedRun) -> dict[str, Any]:
     """A run in numbers: where it stands, how fast it was, what it cost. None where nothing is known."""
     last = run.rows[-1]
     valid = run.known("valid_loss")
-    layer_tokens = last.get("layer_tokens")
     return {
         "steps": last["step"],
         "tokens": last.get("tokens"),
-        "layer_tokens": None if layer_tokens == last.get("tokens") else layer_tokens,
+        "layer_tokens": _unless(last.get("layer_tokens"), last.get("tokens")),
         "flops": last.get("flops"),
+        "total_tokens": _unless(last.get("total_tokens"), last.get("tokens")),
+        "total_flops": _unless(last.get("total_flops"), last.get("flops")),
         "train_loss": _last(run.known("loss")),
         "valid_loss": _last(valid),
         "best_valid_loss": min(valid, default=None),
@@ -133,6 +160,11 @@ def summary(run: LoggedRun) -> dict[str, Any]:
         "restarts": max((row.get("session", 1) for row in run.rows), default=1) - 1,
         "skipped": last.get("skipped", 0),
     }
+
+
+def _unless(value: Any, same: Any) -> Any:
+    """None where there is nothing more to say."""
+    return None if value == same else value
 
 
 def _last(values: Sequence[float]) -> float | None:

@@ -25,13 +25,14 @@ from megafab.telemetry.charts import (
     stack_axis,
     stacked_figure,
 )
-from megafab.telemetry.logged import LoggedRun, config_differences, load_run, summary, yaml_value
+from megafab.telemetry.comparison import Reach, reach, reference, shifts
+from megafab.telemetry.logged import LoggedRun, config_differences, load_runs, summary, yaml_value
 from megafab.telemetry.terminal import short
 
 # What `Telemetry` writes itself; every other key of a row is the name of a technique.
 ROW_KEYS = frozenset(
     ("step", "samples", "tokens", "layer_tokens", "flops", "loss", "grad_norm", "lr", "global_batch")
-    + ("seq_len", "skipped")
+    + ("seq_len", "skipped", "total_steps", "total_tokens", "total_flops")
     + ("tokens_per_second", "step_seconds", "mfu", "wall_seconds", "evaluate_seconds", "checkpoint_seconds")
     + ("seconds", "time", "domain_loss", "domain_weight", "valid_loss", "valid_domain_loss", "verdict")
     + ("session", "nonfinite")
@@ -44,11 +45,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: a directory is not that of a run, or `out` cannot be written.
     """
-    shared = len({path.resolve().name for path in run_dirs}) < len(run_dirs)
-    names = [str(path) if shared else path.resolve().name for path in run_dirs]
-    runs = [
-        load_run(path, name, color) for color, (path, name) in enumerate(zip(run_dirs, names, strict=True))
-    ]
+    runs = load_runs(run_dirs)
     try:
         out.write_text(page(runs), encoding="utf-8")
     except OSError as error:
@@ -68,6 +65,8 @@ def page(runs: Sequence[LoggedRun]) -> str:
         _tiles(runs[0]) if len(runs) == 1 else "",
         _summary_table(runs),
         _config_differences(runs) if len(runs) > 1 else "",
+        _costs(runs) if len(runs) > 1 else "",
+        _shifts(runs),
         _section("Learning", _learning(runs)),
         _section("Speed", _speed(runs)),
         _techniques(runs),
@@ -118,7 +117,9 @@ def _outcome(run: LoggedRun) -> dict[str, str]:
         ("steps", "steps", lambda v: f"{v:,}"),
         ("tokens", "tokens", lambda v: f"{v:,}"),
         ("tokens of the mean layer", "layer_tokens", lambda v: f"{v:,}"),
+        ("tokens with earlier runs", "total_tokens", lambda v: f"{v:,}"),
         ("model FLOPs", "flops", lambda v: f"{v:.3g}"),
+        ("model FLOPs with earlier runs", "total_flops", lambda v: f"{v:.3g}"),
         ("train loss", "train_loss", lambda v: f"{v:.4f}"),
         ("validation loss", "valid_loss", lambda v: f"{v:.4f}"),
         ("best validation loss", "best_valid_loss", lambda v: f"{v:.4f}"),
@@ -188,6 +189,51 @@ def _config_differences(runs: Sequence[LoggedRun]) -> str:
     lines = config_differences(runs)
     content = _table(runs, lines) if lines else '<div class="card"><pre>none</pre></div>'
     return f"<h2>Configuration: what differs</h2>{content}"
+
+
+def _costs(runs: Sequence[LoggedRun]) -> str:
+    """What each run took to the loss that the first one ended with."""
+    found = reference(runs)
+    if found is None:
+        return ""
+    first, loss = found
+    reached = [reach(run, loss) for run in runs]
+    mine = reached[runs.index(first)]
+    assert mine is not None, "it ended there"
+
+    def line(text: Callable[[Reach], str]) -> list[str]:
+        return ["not reached" if one is None else text(one) for one in reached]
+
+    lines = {
+        "steps": line(lambda one: f"{one.step:,}"),
+        "tokens": line(lambda one: f"{one.tokens:,}"),
+        "model FLOPs": line(lambda one: f"{one.flops:.3g}"),
+        "share of its FLOPs": line(lambda one: percent(one.flops / mine.flops) if mine.flops else ""),
+    }
+    title = f"Cost of the validation loss that {first.name} ended with, {loss:.4f}"
+    return f"<h2>{escape(title)}</h2>{_table(runs, lines)}"
+
+
+def _shifts(runs: Sequence[LoggedRun]) -> str:
+    """What each stage did to the domains: forgotten where the loss rose, adapted to where it fell."""
+    by_name = {run.name: run for run in runs}
+    tables = []
+    for run in runs:
+        if run.parent not in by_name:
+            continue
+        head = "".join(f"<th>{text}</th>" for text in ("", "before", "worst", "after", "change"))
+        body = "".join(
+            f"<tr><th>{escape(one.domain)}</th><td>{one.before:.4f}</td><td>{one.worst:.4f}</td>"
+            f"<td>{one.after:.4f}</td><td>{one.change:+.4f}</td></tr>"
+            for one in shifts(by_name[run.parent], run)
+        )
+        if body:
+            title = f"Validation loss by domain: {run.name} after {run.parent}"
+            tables.append(
+                f'<h2>{escape(title)}</h2><div class="card"><table><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>"
+            )
+    return "".join(tables)
 
 
 def _section(title: str, figures: Iterable[str]) -> str:
@@ -359,7 +405,8 @@ def _marks(run: LoggedRun) -> list[Mark]:
     """Restarts and discarded updates."""
     marks = []
     for before, row in pairwise(run.rows):
-        place = (run.color, row["step"], row.get("tokens", 0))
+        tokens = row.get("total_tokens", row.get("tokens", 0))
+        place = (run.color, row.get("total_steps", row["step"]), tokens)
         if row.get("session", 1) != before.get("session", 1):
             marks.append(Mark("restart", *place))
         if row.get("skipped", 0) > before.get("skipped", 0):

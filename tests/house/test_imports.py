@@ -45,10 +45,10 @@ LEVELS = {
     "megafab.convert": 8,
     "megafab.checkpoint.surgery": 8,
     "megafab.train": 7,
-    "megafab.stages": 8,
+    "megafab.stages": 9,
     "data_pipeline": 8,
-    "launch": 9,
-    "tools": 10,
+    "launch": 10,
+    "tools": 11,
 }
 # The page says what a step is; the parts it calls are handed to it.
 TRAIN_MAY_IMPORT = (

@@ -14,6 +14,7 @@ from megafab.config import load as loading
 from megafab.config.docs import key_docs
 from megafab.config.load import compose, config_directory, from_yaml, load, resolved_yaml
 from megafab.config.schema import Precision, RunConfig
+from megafab.config.stages import of as stages_of
 from megafab.config.tree import (
     MISSING,
     annotation_of,
@@ -140,11 +141,7 @@ VALUE_MISTAKES = {
         "use one of model, parallel, engine, train, optim, schedule, data, eval, checkpoint, start, "
         "resilience, tracking, techniques, run, launch",
     ),
-    "checkpoint.qqqq=3": (
-        *UNKNOWN,
-        "use one of checkpoint.every, checkpoint.keep, checkpoint.keep_every, checkpoint.asynchronous, "
-        "checkpoint.resume, checkpoint.allow_data_change, checkpoint.save_last",
-    ),
+    "eval.qqqq=3": (*UNKNOWN, "use one of eval.every, eval.samples"),
     "model.layers=abc": ("text abc", "a whole number", "give model.layers a whole number"),
     "model.hidden=2.5": ("the number 2.5", "a whole number", "give model.hidden a whole number"),
     "model.heads=true": ("the truth value true", "a whole number", "give model.heads a whole number"),
@@ -353,7 +350,9 @@ def test_every_file_begins_with_a_comment_that_says_what_it_is(path: Path):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_every_recipe_composes(name: str):
-    assert load([f"recipe={name}", "data.path=x"]).model.layers > 0
+    overrides = [f"recipe={name}", "data.path=x"]
+    configs = [stage.config for stage in stages_of(overrides)] or [load(overrides)]
+    assert all(config.model.layers > 0 for config in configs)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "technique").glob("*.yaml")))

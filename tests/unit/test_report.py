@@ -115,6 +115,8 @@ def test_summary_in_numbers(tmp_path: Path):
         "tokens": 4000,
         "layer_tokens": 3600,
         "flops": 1e7,
+        "total_tokens": None,
+        "total_flops": None,
         "train_loss": 2.5,
         "valid_loss": 3.0,
         "best_valid_loss": 3.0,
