@@ -42,6 +42,7 @@ stages:
       ema: {decay: 0.5}
 """
 NAMES = ("small", "grown", "branch")
+NAMES = ("small", "grown", "branch")
 COMMAND = ("recipe=three", "data.path=nowhere", "run.dir=runs/x", "run.name=x", "tracking=none")
 
 
@@ -107,33 +108,59 @@ def test_a_recipe_without_stages_is_one_run():
 
 
 MISTAKES = {
-    "stages.smal.train.steps=3": "stages.smal.train.steps=3: found no stage smal, expected one of small, grown, "
-    "branch. Fix: did you mean small?",
-    "stages.grown.train.stpes=3": "stages.grown: train.stpes=3: found an unknown key, expected a key of the "
-    "configuration. Fix: did you mean train.steps?",
-    "stages.small.train.steps=x": "stages.small: train.steps=x: found text x, expected a whole number or null. "
-    "Fix: give train.steps a whole number",
-    "stages.grown.schedule=wdd": "stages.grown: schedule=wdd: found no schedule named wdd, expected one of "
-    "constant, cosine, infinite, inverse_sqrt, linear, rewarm, wsd. Fix: did you mean schedule=wsd?",
-    "stages.branch.parent=grow": "stages.branch: parent=grow: found no earlier stage, expected one of small, "
-    "grown, scratch. Fix: did you mean grown?",
-    "stages.grown.parent=scratch": "stages.grown: grow: found a stage that begins with random weights, expected "
-    "a parent whose checkpoint it changes. Fix: leave it out, or name a parent",
-    "stages.grown.densify=true": "stages.grown: grow, densify: found two operations, expected one operation a "
-    "stage. Fix: densify in a stage of its own",
-    "stages.grown.model.layers=9": "stages.grown: model.layers=9: found set beside grow, expected the model that "
-    "grow makes of the parent's. Fix: give its sizes in grow only",
-    "stages.grown.grow.layers=3": "stages.grown: layers=3: found 3, expected at least 5: the parent has 4. Fix: "
-    "layers=5 or more, or leave it out",
-    "stages.small.run.dir=a": "stages.small: run.dir=a: found set for one stage, expected run.name and run.dir of "
-    "them all. Fix: set them without stages.NAME",
-    "checkpoint.resume=none": "stages.small: checkpoint.resume: found set, expected a stage that goes on with its "
-    "own checkpoint, or begins with its parent's. Fix: leave checkpoint.resume out",
-    "start.checkpoint=a": "stages.small: start.checkpoint: found set, expected a stage that goes on with its own "
-    "checkpoint, or begins with its parent's. Fix: leave start.checkpoint out",
-    "recipe=one": "stages.x.y=1: found a single run, expected a recipe that has stages. Fix: leave stages. out, "
-    "or choose a recipe: recipe=...",
-}  # fmt: skip
+    "stages.smal.train.steps=3": (
+        "stages.smal.train.steps=3: found no stage smal, expected one of small, grown, branch. Fix: "
+        "did you mean small?"
+    ),
+    "stages.grown.train.stpes=3": (
+        "stages.grown: train.stpes=3: found an unknown key, expected a key of the configuration. Fix: "
+        "did you mean train.steps?"
+    ),
+    "stages.small.train.steps=x": (
+        "stages.small: train.steps=x: found text x, expected a whole number or null. Fix: give "
+        "train.steps a whole number"
+    ),
+    "stages.grown.schedule=wdd": (
+        "stages.grown: schedule=wdd: found no schedule named wdd, expected one of constant, cosine, "
+        "infinite, inverse_sqrt, linear, rewarm, wsd. Fix: did you mean schedule=wsd?"
+    ),
+    "stages.branch.parent=grow": (
+        "stages.branch: parent=grow: found no earlier stage, expected one of small, grown, scratch. "
+        "Fix: did you mean grown?"
+    ),
+    "stages.grown.parent=scratch": (
+        "stages.grown: grow: found a stage that begins with random weights, expected a parent whose "
+        "checkpoint it changes. Fix: leave it out, or name a parent"
+    ),
+    "stages.grown.densify=true": (
+        "stages.grown: grow, densify: found two operations, expected one operation a stage. Fix: "
+        "densify in a stage of its own"
+    ),
+    "stages.grown.model.layers=9": (
+        "stages.grown: model.layers=9: found set beside grow, expected the model that grow makes of "
+        "the parent's. Fix: give its sizes in grow only"
+    ),
+    "stages.grown.grow.layers=3": (
+        "stages.grown: layers=3: found 3, expected at least 5: the parent has 4. Fix: layers=5 or "
+        "more, or leave it out"
+    ),
+    "stages.small.run.dir=a": (
+        "stages.small: run.dir=a: found set for one stage, expected run.name and run.dir of them all. "
+        "Fix: set them without stages.NAME"
+    ),
+    "checkpoint.resume=none": (
+        "stages.small: checkpoint.resume: found set, expected a stage that goes on with its own "
+        "checkpoint, or begins with its parent's. Fix: leave checkpoint.resume out"
+    ),
+    "start.checkpoint=a": (
+        "stages.small: start.checkpoint: found set, expected a stage that goes on with its own "
+        "checkpoint, or begins with its parent's. Fix: leave start.checkpoint out"
+    ),
+    "recipe=one": (
+        "stages.x.y=1: found a single run, expected a recipe that has stages. Fix: leave stages. out, "
+        "or choose a recipe: recipe=..."
+    ),
+}
 
 
 @pytest.mark.parametrize("override", MISTAKES)
@@ -157,15 +184,23 @@ def test_every_rule_is_tried_on_every_stage_before_the_first_begins():
 
 
 INHERITED = {
-    "model.layers=6": "stages.branch: model.layers=6: found model.layers=4 in stage small, expected the model of "
-    "the parent. Fix: the same value, or grow: {...}",
-    "start.optimizer=keep": "stages.grown: start.optimizer=keep: found grow.optimizer=reset, expected moments in "
-    "what it begins with. Fix: grow.optimizer=copy, where it is defined",
-    "grow.optimizer=copy": "stages.grown: grow.optimizer=copy: found start.optimizer=reset, expected "
-    "start.optimizer=keep, for them to be used. Fix: set both, or leave both out",
-    "checkpoint.save_last=false": "stages.grown: stages.small.checkpoint.save_last=false: found no last "
-    "checkpoint, expected one for stage grown. Fix: leave it out",
-}  # fmt: skip
+    "model.layers=6": (
+        "stages.branch: model.layers=6: found model.layers=4 in stage small, expected the model of "
+        "the parent. Fix: the same value, or grow: {...}"
+    ),
+    "start.optimizer=keep": (
+        "stages.grown: start.optimizer=keep: found grow.optimizer=reset, expected moments in what it "
+        "begins with. Fix: grow.optimizer=copy, where it is defined"
+    ),
+    "grow.optimizer=copy": (
+        "stages.grown: grow.optimizer=copy: found start.optimizer=reset, expected "
+        "start.optimizer=keep, for them to be used. Fix: set both, or leave both out"
+    ),
+    "checkpoint.save_last=false": (
+        "stages.grown: stages.small.checkpoint.save_last=false: found no last checkpoint, expected "
+        "one for stage grown. Fix: leave it out"
+    ),
+}
 
 
 @pytest.mark.parametrize("override", INHERITED)
