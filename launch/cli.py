@@ -61,7 +61,7 @@ VERBS = {
         "launch.score", "the loss of every token of a corpus under a reference model",
         "megafab.config.score:ScoreConfig", "score",
     ),
-    "ckpt": Verb("launch.ckpt", "inspect, verify, reshape, diff, average and convert checkpoints"),
+    "ckpt": Verb("launch.ckpt", "inspect, verify, reshape, diff, average, convert and grow checkpoints"),
     "report": Verb("launch.report", "one HTML page with the plots of one run or several"),
     "doctor": Verb("launch.doctor", "what is installed, what is missing, whether this node can train"),
 }  # fmt: skip

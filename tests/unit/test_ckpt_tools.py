@@ -388,7 +388,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("verb", ["reshape", "average", "convert", "diff"])
+@pytest.mark.parametrize("verb", ["reshape", "average", "convert", "diff", "grow"])
 def test_a_damaged_checkpoint_is_refused(
     run_dir: Path, copy: Path, tmp_path: Path, capsys, verb: str, name: str
 ):
@@ -452,7 +452,7 @@ _PROGRAM = """
 import json, resource, sys
 import torch
 torch.set_num_threads(1)
-import megafab.convert  # all that the verbs import
+import megafab.checkpoint.surgery.grow, megafab.convert  # all that the verbs import
 from launch.cli import main
 
 directory, limit, verbs = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
@@ -484,6 +484,7 @@ def test_every_verb_stays_within_a_memory_limit_that_the_checkpoint_exceeds(tmp_
         ["average", str(a), str(b), f"to={tmp_path / 'mean'}"],
         ["convert", str(a), f"to={tmp_path / 'hf'}", "judge=false", "max_bytes=100000000"],
         ["convert", str(tmp_path / "hf"), f"to={tmp_path / 'back'}", "format=megafab", "judge=false"],
+        ["grow", str(a), f"to={tmp_path / 'grown'}", "layers=24", "hidden=640", "experts=2", "judge=false"],
     ]
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path), str(LIMIT), json.dumps(verbs)]
     # Memory that is freed goes back at once, so that the limit is on what is held.

@@ -104,7 +104,7 @@ class LearnedGrowth(torch.nn.Module):
         if kind is Axis.heads and "output" in maps:
             by_head = t.reshape(old.config.heads, old.head_dim, *rest)
             return torch.tensordot(maps["output"], by_head, dims=1).flatten(0, 1)
-        if kind is Axis.qkv and "query" in maps:
+        if kind is Axis.qkv and not maps.keys().isdisjoint(("query", "key", "value")):
             parts = zip(("query", "key", "value"), split_qkv(t, old), strict=True)
             mapped = [torch.tensordot(maps[n], p, dims=1) if n in maps else p for n, p in parts]
             return join_qkv(mapped, self._origins.grown)
@@ -134,7 +134,7 @@ def learn(
         reader: of the parent.
         config: steps, learning rate and batch.
         corpus: the text.
-        message: is told the loss.
+        message: is told the loss, on text that the steps do not see.
 
     Raises:
         UserError: no text is long enough, or there is not enough memory.
@@ -151,20 +151,25 @@ def learn(
     from megafab.generate import new_model  # Megatron-core must find the platform prepared
 
     model = new_model(run, origins.grown.vocab, topology.initialize(Mesh(1), seed=origins.seed)).eval()
+    positions = torch.arange(run.model.seq_len).expand(batch, -1).to(platform.device)
+
+    def loss_of(tokens: torch.Tensor) -> torch.Tensor:
+        weights = {name: weight.to(platform.device) for name, weight in learned.weights().items()}
+        tokens = tokens.to(platform.device)
+        logits = functional_call(model, weights, (tokens[:, :-1], positions, None)).float()
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
     optimizer = torch.optim.Adam(learned.parameters(), lr)
     windows = _windows(corpus, run.model.seq_len, batch, origins.seed)
-    for step in range(1, steps + 1):
-        tokens = next(windows)
-        positions = torch.arange(run.model.seq_len).expand(batch, -1)
-        on_device = {name: w.to(platform.device) for name, w in learned.weights().items()}
-        inputs = (tokens[:, :-1].to(platform.device), positions.to(platform.device), None)
-        logits = functional_call(model, on_device, inputs).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(platform.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step in (1, steps) or step % max(1, steps // _REPORTS) == 0:
-            message(f"learning to grow: step {step}/{steps}, loss {loss:.4f}")
+    apart = next(windows)  # to tell the loss on, the same text each time
+    for step in range(steps + 1):
+        if step % max(1, steps // _REPORTS) == 0 or step == steps:
+            with torch.no_grad():
+                message(f"learning to grow: {step}/{steps} steps, loss {loss_of(apart):.4f}")
+        if step < steps:
+            optimizer.zero_grad()
+            loss_of(next(windows)).backward()
+            optimizer.step()
     topology.shutdown()
     with torch.no_grad():
         return {name: weight.contiguous() for name, weight in learned.weights().items()}
