@@ -184,8 +184,9 @@ class Checkpoints:
         it taken; every file is hashed before any is trusted, the ranks sharing the work. A run that was
         started from a path and has saved since goes on from there, so that the same command continues it.
 
-        Other data, another model and another optimizer are refused; other settings that changed are told and
-        take effect. A checkpoint of weights alone begins a new run, which must have the same tokenizer.
+        Other data, another model and another optimizer are refused, and masked weights without the technique
+        that masks them; other settings that changed are told and take effect. A checkpoint of weights alone,
+        and their masks, begins a new run, which must have the same tokenizer.
 
         Raises:
             UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
@@ -199,8 +200,9 @@ class Checkpoints:
         state = self._team.one(lambda: store.read_state(path))
         changed = list(changes(state["config"], self._resolved))
         self._require_same_model(path, changed)
+        masking = self._masking(path)
         if state["weights_only"]:
-            self._begin_from_weights(path, state)
+            self._begin_from_weights(path, state, masking)
             return Progress()
         changed_data = identity.differences(state["data"], self._data)
         if changed_data and not self._config.allow_data_change:
@@ -332,7 +334,7 @@ class Checkpoints:
             "checkpoint.resume=auto goes on with what is there; or give run.dir another place",
         )
 
-    def _begin_from_weights(self, path: Path, state: Mapping[str, Any]) -> None:
+    def _begin_from_weights(self, path: Path, state: Mapping[str, Any], masking: Sequence[str]) -> None:
         """A new run with the weights of a checkpoint that has nothing else to go on with."""
         changed = identity.tokenizer_differences(state["data"], self._data)
         if changed and not self._config.allow_data_change:
@@ -342,12 +344,16 @@ class Checkpoints:
                 "theirs: each row of the embedding belongs to one of its ids",
                 "name a corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true",
             )
-        self._message(f"starting from the weights of {path}")
+        masks = f" and the masks of {', '.join(masking)}" if masking else ""
+        self._message(f"starting from the weights{masks} of {path}")
         if changed:
             self._message(f"the data changed: {'; '.join(changed)}")
-        tensors = self._engine.sharded_state()
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(store.WEIGHT)}
-        store.load(path, weights, group=self._group)
+        if masking:
+            self._techniques.load_state_dict({name: state["techniques"][name] for name in masking})
+        tensors = self._tensors(only=masking)
+        needed = store.masks(tensors)
+        kept = {n: t for n, t in tensors.items() if n.startswith(store.WEIGHT) or n in needed}
+        store.load(path, kept, group=self._group)
         self._engine.load_state_dict(self._engine.state_dict())
         self._remember(path, state, named=True)
 
@@ -369,6 +375,24 @@ class Checkpoints:
                     "the same model",
                     f"resume with {key}={shown(then)}, or begin a new run.dir",
                 )
+
+    def _masking(self, path: Path) -> list[str]:
+        """The techniques under whose masks the weights of a checkpoint are.
+
+        Raises:
+            UserError: one of them is off, and training would make the weights dense without a word.
+        """
+        names = self._team.one(lambda: store.tensor_names(path))
+        masking = sorted({technique for technique, _ in store.masks(names).values()})
+        for technique in masking:
+            if technique not in self._techniques.state_dict():
+                raise self._refused(
+                    path,
+                    f"weights under the masks of {technique}, which is off",
+                    "the technique, or weights that were made dense on purpose",
+                    f"technique=[{technique}]; or megafab ckpt densify {path} to=DIR, and resume from DIR",
+                )
+        return masking
 
     def _require_same_optimizer(self, path: Path) -> None:
         """What the optimizer keeps of each parameter is what the checkpoint has of it."""

@@ -112,10 +112,11 @@ def reshape(path: Path, to: Path, *, deal: Deal | None, moments: bool) -> Path:
         path: a step directory.
         to: the directory to make; the checkpoint is in its `checkpoints/`.
         deal: `writer.by_size`, `writer.by_count`; null: files of 4 GiB.
-        moments: false leaves out all but the weights.
+        moments: false leaves out all but the weights and, of a sparse model, their masks.
     """
     reader = open_intact(path)
-    chosen = {n: info for n, info in reader.tensors.items() if moments or n.startswith(store.WEIGHT)}
+    needed = {*store.masks(reader.tensors), *(store.WEIGHT + name for name in reader.weights)}
+    chosen = {name: info for name, info in reader.tensors.items() if moments or name in needed}
     meter = Meter("reshape", sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
@@ -259,7 +260,7 @@ def _difference(name: str, one: Reader, two: Reader) -> TensorDifference | None:
             differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
             count += int(differs.sum())
             norm += float(torch.linalg.vector_norm(x.double())) ** 2
-            delta = x.double().sub_(y)
+            delta = x.double().sub_(y.double())
             squares += float(torch.linalg.vector_norm(delta)) ** 2
             largest = _larger(largest, float(delta.abs_().max()))
     if not count:
