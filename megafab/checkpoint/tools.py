@@ -68,7 +68,7 @@ def _contents(reader: Reader, files: Mapping[str, Mapping[str, Any]]) -> Iterato
         kinds.setdefault("/".join(parts[:2]) if parts[0] == "techniques" else parts[0], []).append(info)
     for number, (kind, infos) in enumerate(kinds.items()):
         types = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
-        total = size(sum(info.nbytes for info in infos))
+        total = size(sum(info.stored for info in infos))
         yield f"{'' if number else 'tensors':<9} {kind}: {len(infos)} of {types}, {total}"
     total = size(sum(entry["size"] for entry in files.values()))
     yield f"files     {len(files)}, {total}, each with its hash"

@@ -98,9 +98,9 @@ class GradualPruning(Technique):
 
     def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:
         """Where the ramp is, the parameters that are left, their means, and theoretical numbers so far."""
-        account = self._account
+        account, weights = self._account, sum(self._masks.sizes.values())
         return {
-            "sparsity": 1 - self._active / sum(self._masks.sizes.values()),
+            "sparsity": (weights - self._active) / weights,
             "compute": self._spent,
             "active_parameters": self._active,
             "mean_active_parameters": account.active_tokens / account.tokens,

@@ -334,14 +334,14 @@ def test_soap_with_diagonal_statistics_is_adam():
 def test_soap_without_preconditioned_sides_is_adam():
     weight, gradients = normal(6, 8), [normal(6, 8, seed=seed) for seed in range(1, 8)]
     parameter = trained(soap(max_dim=5), weight, gradients, lr=0.01, decay=0.1)
-    assert not parameter.factors
+    assert set(parameter.factors) == {("soap_v", "")}
     expected = adam_reference(weight, gradients[1:], lr=0.01, decay=0.1)
     torch.testing.assert_close(parameter.weight, expected)
 
 
 def test_soap_preconditions_the_sides_that_are_short_enough():
     parameter = trained(soap(max_dim=7), normal(6, 8), [normal(6, 8, seed=1)])
-    assert set(parameter.factors) == {("soap_left", ""), ("soap_q_left", "")}
+    assert set(parameter.factors) == {("soap_v", ""), ("soap_left", ""), ("soap_q_left", "")}
 
 
 def rotation(size: int, seed: int) -> torch.Tensor:
