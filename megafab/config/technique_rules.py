@@ -380,19 +380,15 @@ def _two_four(facts: Facts) -> Iterator[Violation]:
     for key, width in inputs.items():
         if width % 4:
             fix = f"change {key}, or techniques.static_sparsity.pattern=unstructured"
-            yield Violation(
-                f"{key}={width}", f"{width} % 4 = {width % 4}", f"groups of 4, for {pattern}", fix
-            )
+            expected = f"groups of 4, for {pattern}"
+            yield Violation(f"{key}={width}", f"{width} % 4 = {width % 4}", expected, fix)
 
 
 @rule("gradual-pruning")
 def _gradual_pruning(facts: Facts) -> Iterator[Violation]:
-    pruning, steps, key = (
-        facts.config.techniques.gradual_pruning,
-        facts.total_steps,
-        "techniques.gradual_pruning",
-    )
-    if pruning is None:
+    pruning, steps = facts.config.techniques.gradual_pruning, facts.total_steps
+    key = "techniques.gradual_pruning"
+    if pruning is None or pruning.end >= 1:
         return
     if pruning.begin >= pruning.end:
         where = f"{key}.begin={pruning.begin:g}"
