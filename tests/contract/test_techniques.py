@@ -338,7 +338,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 SLOW = {"data4", "sequence2"}  # much as data2 and tensor2
-SLOW_PAIRS = {("static_sparsity", "context2"), ("static_sparsity", "pipeline2")}  # much as gradual_pruning
+# Much as gradual_pruning there.
+SLOW_PAIRS = {("static_sparsity", layout) for layout in ("data2", "context2", "pipeline2")}
 
 
 @pytest.mark.parametrize(
