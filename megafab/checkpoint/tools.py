@@ -5,6 +5,7 @@ Memory: a few bands of rows of 64 MiB each (`reader.BAND_BYTES`), whatever the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
 
     Polyak and Juditsky 1992; Izmailov et al. 2018 (arXiv 1803.05407); Wortsman et al. 2022 (arXiv
     2203.05482) for runs that differ. Moments belong to a trajectory that the mean is not on, so the result
-    has weights only: to evaluate, to export, to begin another run with. Sums are in double precision.
+    has weights only: to evaluate, to export, to begin another run with. Sums are in double precision. Masks
+    that all of them have alike are those of the mean; under different ones its weights are dense.
 
     Args:
         paths: step directories of the same model, at least one.
@@ -154,10 +156,15 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
     for reader in readers[1:]:
         _require_same_weights(readers[0], reader)
     last = readers[-1]
+    masks = _shared_masks(readers)
     chosen = {store.WEIGHT + name: info for name, info in last.weights.items()}
+    chosen |= {name: last.tensors[name] for name in masks}
     meter = Meter("average", len(readers) * sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
+        if name in masks:
+            meter.add(len(readers) * math.prod((band[1], *chosen[name].shape[1:])))
+            return last.read(name, band)
         total: torch.Tensor | None = None
         for reader, weight in zip(readers, weights, strict=True):
             tensor = reader.read(name, band)
@@ -175,6 +182,23 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
         made = writer.write(draft, state["progress"]["step"], chosen, source, state)
         meter.close()
     return to / made.relative_to(draft)
+
+
+def _shared_masks(readers: Sequence[Reader]) -> list[str]:
+    """The names of the masks of a sparse model, if all checkpoints have the same ones."""
+    *others, last = readers
+    names = sorted({name for reader in readers for name in store.masks(reader.tensors)})
+    same = all(
+        name in reader.tensors
+        and name in last.tensors
+        and reader.tensors[name].like == last.tensors[name].like
+        and all(
+            torch.equal(reader.read(name, band), last.read(name, band)) for band in last.tensors[name].bands()
+        )
+        for reader in others
+        for name in names
+    )
+    return names if same else []
 
 
 def _require_same_weights(first: Reader, other: Reader) -> None:

@@ -616,6 +616,19 @@ def test_tools_know_masks(
     assert (found.count, found.largest) == (int((mask[name] != mask[name].flip(0)).sum()), 1.0)
 
 
+def test_an_average_has_the_masks_that_all_have(tmp_path: Path, mask: dict[str, Tensor]) -> None:
+    first, same = (write_sparse(tmp_path / name, mask) for name in ("first", "same"))
+    name = next(iter(mask))
+    other = write_sparse(tmp_path / "other", {**mask, name: mask[name].flip(0)})
+    sparse = Reader(tools.average([first, same], tmp_path / "sparse", None))
+    for key, kept in mask.items():
+        assert torch.equal(sparse.read(f"techniques/static_sparsity/mask/{key}"), kept)
+        assert torch.equal(sparse.read(f"weight/{key}") != 0, kept)
+    for paths in ([first, other], [other, first], [first, write_sparse(tmp_path / "plain", {})]):
+        dense = Reader(tools.average(paths, tmp_path / f"dense{paths[1].parts[-3]}", None))
+        assert set(dense.tensors) == {f"weight/{name}" for name in parameter_shapes(SHAPE)}
+
+
 def test_densify_keeps_the_weights_and_nothing_else(
     tmp_path: Path, mask: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
