@@ -3,9 +3,10 @@
   inspect PATH            step, model, topology, versions, lineage and contents; tensors=true: each tensor
   verify  PATH            hash every file; names what is damaged and exits with 1
   reshape PATH to=DIR     write it again in files=N files, or in files of max_bytes=N; moments=false:
-                          weights only
+                          weights only, with the masks of a sparse model
   diff    A B             compare configurations and tensors; exits with 1 where they differ
   average A B ... to=DIR  mean of the weights; weights=[1,3]: not all alike
+  densify PATH to=DIR     weights of a sparse model without its masks, to train on as a dense one
   convert PATH to=DIR     to a directory for transformers: Llama, Qwen3, Mixtral, GPT-2 or GPT-NeoX;
                           dtype=fp32|bf16|fp16, max_bytes=N a file, weights=ema: the average that the
                           technique keeps, max_kl=X: largest divergence of the two models' predictions,
@@ -104,6 +105,13 @@ def _average(settings: config.AverageConfig, *paths: Path) -> int:
     return 0
 
 
+def _densify(settings: config.DensifyConfig, path: Path) -> int:
+    from megafab.checkpoint.surgery.densify import densify
+
+    print(densify(_newest(path), Path(settings.to)))
+    return 0
+
+
 def _convert(settings: config.ConvertConfig, path: Path) -> int:
     os.environ["MEGAFAB_DEVICE"] = "cpu"
     from megafab import convert
@@ -149,6 +157,7 @@ VERBS: dict[str, tuple[type[Any], int, int | None, Callable[..., int]]] = {
     "reshape": (config.ReshapeConfig, 1, 1, _reshape),
     "diff": (config.DiffConfig, 2, 2, _diff),
     "average": (config.AverageConfig, 2, None, _average),
+    "densify": (config.DensifyConfig, 1, 1, _densify),
     "convert": (config.ConvertConfig, 1, 1, _convert),
     "grow": (config.GrowVerbConfig, 1, 1, _grow),
 }

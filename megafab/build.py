@@ -6,7 +6,7 @@ is what techniques may still edit, then the modules, the engine around them, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,12 @@ from megafab.loss.ledger import LossLedger
 from megafab.model import plan as model_plan
 from megafab.model.shape import ModelShape
 from megafab.optim import schedule_text
-from megafab.optim.config import OptimConfig, ScheduleConfig
+from megafab.optim.config import WHOLE_MATRICES, OptimConfig, ScheduleConfig
 from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
-from megafab.run import Batch, Cadence, Run, Validation
+from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.techniques import catalogue
 from megafab.techniques.base import Clock, Facts, RunPlan
 from megafab.techniques.bus import Bus
@@ -77,7 +77,10 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     )
     kind = _engine_class(config.engine.name)
     bus = Bus(
-        catalogue.build(config.techniques, _facts(config, shape, corpus, weights, schedules.total_steps)),
+        catalogue.build(
+            config.techniques,
+            _facts(config, shape, corpus, weights, schedules.total_steps, lambda: _plans(schedules, bus)),
+        ),
         seed=config.train.seed,
         data_rank=mesh.data_rank(groups.rank),
         capabilities=kind.capabilities,
@@ -170,7 +173,12 @@ def _schedules_of(config: Mapping[str, Any]) -> Schedules | None:
 
 
 def _facts(
-    config: RunConfig, shape: ModelShape, corpus: Corpus, weights: tuple[float, ...], steps: int
+    config: RunConfig,
+    shape: ModelShape,
+    corpus: Corpus,
+    weights: tuple[float, ...],
+    steps: int,
+    plans: Callable[[], Iterator[StepPlan]],
 ) -> Facts:
     return Facts(
         seed=config.train.seed,
@@ -181,7 +189,18 @@ def _facts(
         text_bytes=corpus.text_bytes("train"),
         steps=steps,
         fixed=() if config.techniques.replay is None else tuple(config.techniques.replay.domains),
+        whole_matrices=config.optim.name in WHOLE_MATRICES,
+        plans=plans,
     )
+
+
+def _plans(schedules: Schedules, bus: Bus) -> Iterator[StepPlan]:
+    """The plans of the run from its first step on, if every update is applied."""
+    progress, applied = Progress(), StepOutcome(True, Verdict(), 0.0)
+    while schedules.remaining(progress):
+        plan = bus.schedule(schedules.at(progress), progress)
+        yield plan
+        progress = progress.advance(plan, applied)
 
 
 def _engine_class(name: EngineName) -> type[MegatronEngine] | type[DeepSpeedEngine]:

@@ -34,6 +34,7 @@ def fit(run: Run) -> Progress:
     run.telemetry.start(progress)
     part, weights = run.telemetry.timers, run.engine.weights()
     with closing(run), run.signals, run.checkpoints:
+        run.bus.start(progress, weights)
         if not run.schedules.remaining(progress):
             run.telemetry.message(
                 f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "
@@ -50,7 +51,7 @@ def fit(run: Run) -> Progress:
             with part("forward_backward"):
                 ledger = run.engine.forward_backward(batch, plan, run.bus.loss)
             with part("gradients"):
-                stats = run.engine.gradient_stats()
+                stats = run.engine.gradient_stats(run.bus.reduced)
                 verdict = run.bus.gradients(stats, ledger)
             with part("update"):
                 outcome = run.engine.update(plan, verdict, stats)

@@ -2,7 +2,9 @@
 
 The format is that of torch.distributed.checkpoint: a file is a row of archives as `torch.save` makes them,
 one a box of a tensor, and the index says which box is where. No byte passes through memory more often than
-it must, and no more than one box is held beside the tensors themselves.
+it must, and no more than one box is held beside the tensors themselves. The values of a bool tensor, the
+mask of a sparse model, are stored eight to a byte, the first in the highest bit, padded to whole bytes at the
+end of a box; the index calls them what they are, bool of the tensor's shape.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
@@ -115,7 +118,7 @@ class FileWriter(FileSystemWriter):
         with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
             for item in items:
                 begin = stream.tell()
-                torch.save(_archivable(planner.resolve_data(item)), stream)
+                torch.save(_archivable(_packed(planner.resolve_data(item))), stream)
                 stored = _StorageInfo(name, begin, stream.tell() - begin)
                 yield WriteResult(item.index, stored.length, stored)
             os.fsync(stream.fileno())
@@ -137,6 +140,13 @@ def _dealt(items: Sequence[WriteItem], deal: Deal) -> list[list[WriteItem]]:
     for item in items:
         files.setdefault(number[item.index.fqn], []).append(item)
     return list(files.values())
+
+
+def _packed(data: Any) -> torch.Tensor:
+    """Bools eight to a byte, uint8 [ceil(n / 8)]; other tensors as they are."""
+    if data.dtype != torch.bool:
+        return data
+    return torch.from_numpy(np.packbits(data.detach().cpu().numpy()))
 
 
 def _archivable(data: Any) -> torch.Tensor:
@@ -262,14 +272,18 @@ class FileReader(FileSystemReader):
         shape = self._shapes[item.storage_index.fqn, tuple(item.storage_index.offset)]
         inner = shape[1:]
         first, rows = (item.storage_offsets[0], item.lengths[0]) if shape else (0, 1)
-        row = math.prod(inner) * target.element_size()
+        row = math.prod(inner)
         stored = self.storage_data[item.storage_index]
-        start = stored.offset + self._header(file, stored, shape, target.dtype) + first * row
-        if target.is_cpu and target.is_contiguous() and tuple(item.lengths[1:]) == inner:
-            _read_into(file, start, target)
-            return
-        band = torch.empty((rows, *inner) if shape else (), dtype=target.dtype)
-        _read_into(file, start, band)
+        start = stored.offset + self._header(file, stored, shape, target.dtype)
+        if target.dtype == torch.bool:
+            band = _read_packed(file, start, first * row, rows * row).view((rows, *inner) if shape else ())
+        else:
+            start += first * row * target.element_size()
+            if target.is_cpu and target.is_contiguous() and tuple(item.lengths[1:]) == inner:
+                _read_into(file, start, target)
+                return
+            band = torch.empty((rows, *inner) if shape else (), dtype=target.dtype)
+            _read_into(file, start, band)
         parts = zip(item.storage_offsets[1:], item.lengths[1:], strict=True)
         target.copy_(band[(..., *(slice(offset, offset + length) for offset, length in parts))])
 
@@ -324,6 +338,14 @@ def _read_into(file: io.FileIO, start: int, target: torch.Tensor) -> None:
         if not count:
             raise OSError(errno.EIO, "the file ends too early", file.name)
         done += count
+
+
+def _read_packed(file: io.FileIO, start: int, first: int, count: int) -> torch.Tensor:
+    """Of bools that are packed from byte `start` on, so many from the one numbered `first`: bool [count]."""
+    packed = torch.empty(-(-(first + count) // 8) - first // 8, dtype=torch.uint8)
+    _read_into(file, start + first // 8, packed)
+    bits = np.unpackbits(packed.numpy(), count=first % 8 + count)[first % 8 :]
+    return torch.from_numpy(bits).view(torch.bool)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -15,6 +15,8 @@ import torch
 from megafab.topology.layout import Layout
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
+# What a technique puts before a parameter's name for a bool tensor like it that is False where weights are 0.
+MASK = "mask/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,8 +35,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values."""
+        """Bytes of the values in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the values in files, where bools are packed (`files.py`)."""
+        return -(-math.prod(self.shape) // 8) if self.dtype == torch.bool else self.nbytes
 
     @property
     def like(self) -> tuple[tuple[int, ...], torch.dtype]:

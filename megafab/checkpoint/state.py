@@ -189,9 +189,10 @@ class Checkpoints:
         it taken; every file is hashed before any is trusted, the ranks sharing the work. A run that was
         started from a path and has saved since goes on from there, so that the same command continues it.
 
-        Other data, another model and another optimizer are refused; other settings that changed are told and
-        take effect. `start.checkpoint`, and a checkpoint of weights alone, begin a new run, which must have
-        the same model and tokenizer.
+        Other data, another model and another optimizer are refused, and masked weights without the technique
+        that masks them; other settings that changed are told and take effect. `start.checkpoint`, and a
+        checkpoint of weights alone, begin a new run with them and their masks, which must have the same model
+        and tokenizer.
 
         Raises:
             UserError: a path without a checkpoint, damage, other data, tensors that do not fit the model; or
@@ -213,6 +214,7 @@ class Checkpoints:
             return self._begin(path, state, StartConfig(), where)
         changed = list(changes(state["config"], self._resolved))
         _require_same_model(where, changed, "resume with it, or begin a new run.dir")
+        self._masking(path, where)
         changed_data = identity.differences(state["data"], self._data)
         if changed_data and not self._config.allow_data_change:
             raise UserError(
@@ -370,13 +372,24 @@ class Checkpoints:
         if start.data is Carry.keep and not state["data"]:
             expected, fix = "the checkpoint of a run that has read data", "start.data=reset"
             raise UserError(f"start.data=keep, {where}", "a checkpoint of weights alone", expected, fix)
+        masking = self._masking(path, where)
+        told = f", masks of {', '.join(masking)}" if masking else ""
         self._message(
-            f"starting from {path}: optimizer {start.optimizer.value}, place in the data {start.data.value}"
+            f"starting from {path}: optimizer {start.optimizer.value}, place in the data "
+            f"{start.data.value}{told}"
         )
         if changed:
             self._message(f"the data changed: {'; '.join(changed)}")
-        tensors = self._engine.sharded_state()
-        wanted = {name: tensor for name, tensor in tensors.items() if kept or name.startswith(store.WEIGHT)}
+        if masking:
+            self._techniques.load_state_dict({name: state["techniques"][name] for name in masking})
+        tensors = self._tensors(only=masking)
+        masks = store.masks(tensors)
+        mine = self._engine.sharded_state() if kept else ()
+        wanted = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(store.WEIGHT) or name in masks or name in mine
+        }
         store.load(path, wanted, group=self._group)
         self._engine.load_state_dict(state["engine"] if kept else self._engine.state_dict())
         if start.data is Carry.keep:
@@ -395,6 +408,25 @@ class Checkpoints:
         origin = {"from": str(path.resolve()), "step": state["progress"]["step"]}
         origin["written_at"] = state["written_at"]
         self._lineage = [*state["lineage"], *([origin] if named else [])]
+
+    def _masking(self, path: Path, where: str) -> list[str]:
+        """The techniques under whose masks the weights of a checkpoint are.
+
+        Raises:
+            UserError: one of them is off, and training would make the weights dense without a word.
+        """
+        names = self._team.one(lambda: store.tensor_names(path))
+        masking = sorted({technique for technique, _ in store.masks(names).values()})
+        for technique in masking:
+            if technique not in self._techniques.state_dict():
+                raise UserError(
+                    where,
+                    f"weights under the masks of {technique}, which is off",
+                    "the technique, or weights that were made dense on purpose",
+                    f"technique=[{technique}]; or megafab ckpt densify {path} to=DIR, then "
+                    "start.checkpoint=DIR",
+                )
+        return masking
 
     def _require_same_optimizer(self, path: Path, where: str) -> None:
         """What the optimizer keeps of each parameter is what the checkpoint has of it."""

@@ -8,6 +8,8 @@
             tensors/                torch.distributed.checkpoint format, one file a rank
         .step_00000200.tmp-1f3a9c/  a save under way, or the leftovers of a dead one: removed by the next save
 
+Bool tensors, the masks of sparse models, are stored a bit an element (`files.py`).
+
 Tensors are never gathered: each rank writes the pieces it owns and reads the boxes it needs, whatever the
 number of ranks was when they were written (`dcp.py`, `files.py`).
 """
@@ -21,7 +23,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch.distributed as dist
 
 from megafab.checkpoint import dcp, provenance
 from megafab.checkpoint.files import HASH, Entry, FileReader, entry, hash_of
-from megafab.checkpoint.pieces import LogicalTensor
+from megafab.checkpoint.pieces import MASK, LogicalTensor
 from megafab.checkpoint.team import Team
 from megafab.errors import UserError
 
@@ -108,6 +110,16 @@ def path_of(directory: Path, step: int) -> Path:
 def tensor_names(path: Path) -> list[str]:
     """The names of all tensors of the checkpoint at `path`."""
     return list(FileReader(path / TENSORS).read_metadata().state_dict_metadata)
+
+
+def masks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Of the names of a checkpoint's tensors those of masks: the technique whose it is, and the parameter."""
+    found = {}
+    for name in names:
+        technique, _, inner = name.removeprefix(TECHNIQUES).partition("/")
+        if name.startswith(TECHNIQUES) and inner.startswith(MASK):
+            found[name] = technique, inner.removeprefix(MASK)
+    return found
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Memory: a few bands of rows of 64 MiB each (`reader.BAND_BYTES`), whatever the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def _contents(reader: Reader, files: Mapping[str, Mapping[str, Any]]) -> Iterato
         kinds.setdefault("/".join(parts[:2]) if parts[0] == "techniques" else parts[0], []).append(info)
     for number, (kind, infos) in enumerate(kinds.items()):
         types = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
-        total = size(sum(info.nbytes for info in infos))
+        total = size(sum(info.stored for info in infos))
         yield f"{'' if number else 'tensors':<9} {kind}: {len(infos)} of {types}, {total}"
     total = size(sum(entry["size"] for entry in files.values()))
     yield f"files     {len(files)}, {total}, each with its hash"
@@ -120,10 +121,11 @@ def reshape(path: Path, to: Path, *, deal: Deal | None, moments: bool) -> Path:
         path: a step directory.
         to: the directory to make; the checkpoint is in its `checkpoints/`.
         deal: `writer.by_size`, `writer.by_count`; null: files of 4 GiB.
-        moments: false leaves out all but the weights.
+        moments: false leaves out all but the weights and, of a sparse model, their masks.
     """
     reader = open_intact(path)
-    chosen = {n: info for n, info in reader.tensors.items() if moments or n.startswith(store.WEIGHT)}
+    needed = {*store.masks(reader.tensors), *(store.WEIGHT + name for name in reader.weights)}
+    chosen = {name: info for name, info in reader.tensors.items() if moments or name in needed}
     meter = Meter("reshape", sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
@@ -143,7 +145,8 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
 
     Polyak and Juditsky 1992; Izmailov et al. 2018 (arXiv 1803.05407); Wortsman et al. 2022 (arXiv
     2203.05482) for runs that differ. Moments belong to a trajectory that the mean is not on, so the result
-    has weights only: to evaluate, to export, to begin another run with. Sums are in double precision.
+    has weights only: to evaluate, to export, to begin another run with. Sums are in double precision. Masks
+    that all of them have alike are those of the mean; under different ones its weights are dense.
 
     Args:
         paths: step directories of the same model, at least one.
@@ -161,10 +164,15 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
     for reader in readers[1:]:
         _require_same_weights(readers[0], reader)
     last = readers[-1]
+    masks = _shared_masks(readers)
     chosen = {store.WEIGHT + name: info for name, info in last.weights.items()}
+    chosen |= {name: last.tensors[name] for name in masks}
     meter = Meter("average", len(readers) * sum(info.nbytes for info in chosen.values()))
 
     def source(name: str, band: tuple[int, int]) -> torch.Tensor:
+        if name in masks:
+            meter.add(len(readers) * math.prod((band[1], *chosen[name].shape[1:])))
+            return last.read(name, band)
         total: torch.Tensor | None = None
         for reader, weight in zip(readers, weights, strict=True):
             tensor = reader.read(name, band)
@@ -182,6 +190,23 @@ def average(paths: Sequence[Path], to: Path, weights: Sequence[float] | None) ->
         made = writer.write(draft, state["progress"]["step"], chosen, source, state)
         meter.close()
     return to / made.relative_to(draft)
+
+
+def _shared_masks(readers: Sequence[Reader]) -> list[str]:
+    """The names of the masks of a sparse model, if all checkpoints have the same ones."""
+    *others, last = readers
+    names = sorted({name for reader in readers for name in store.masks(reader.tensors)})
+    same = all(
+        name in reader.tensors
+        and name in last.tensors
+        and reader.tensors[name].like == last.tensors[name].like
+        and all(
+            torch.equal(reader.read(name, band), last.read(name, band)) for band in last.tensors[name].bands()
+        )
+        for reader in others
+        for name in names
+    )
+    return names if same else []
 
 
 def _require_same_weights(first: Reader, other: Reader) -> None:
@@ -267,7 +292,7 @@ def _difference(name: str, one: Reader, two: Reader) -> TensorDifference | None:
             differs = (x.view(torch.uint8) != y.view(torch.uint8)).view(len(x), -1).any(dim=1)
             count += int(differs.sum())
             norm += float(torch.linalg.vector_norm(x.double())) ** 2
-            delta = x.double().sub_(y)
+            delta = x.double().sub_(y.double())
             squares += float(torch.linalg.vector_norm(delta)) ** 2
             largest = _larger(largest, float(delta.abs_().max()))
     if not count:

@@ -70,6 +70,13 @@ class AverageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DensifyConfig:
+    """`megafab ckpt densify PATH`."""
+
+    to: str = MISSING  # directory to make; checkpoints/step_XXXXXXXX will be in it, as in a run's
+
+
+@dataclass(frozen=True, slots=True)
 class ConvertConfig:
     """`megafab ckpt convert PATH`."""
 

@@ -105,6 +105,7 @@ _AT_LEAST_ONE = (
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
     *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
+    "techniques.gradual_pruning.every",
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (

@@ -14,7 +14,7 @@ is for one and over both. A stage's run is in `<run.dir>/<its name>`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -196,12 +196,28 @@ def _grown(parent: Stage, config: GrowConfig) -> Any:
     return growth.grown(ModelShape.of(parent.config.model, ids), config, ids=ids)
 
 
+def _masking(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
+    """Masks go on with their technique, or are taken off on purpose."""
+    for name in ("static_sparsity", "gradual_pruning"):
+        then, now = (getattr(one.config.techniques, name) is not None for one in (parent, stage))
+        if then and stage.operation.grow is not None:
+            expected, fix = "a dense parent", "densify in a stage of its own, and grow that"
+            yield ConfigError("grow", f"a parent under the masks of {name}", expected, fix)
+        elif then and not now and not stage.operation.densify:
+            expected, fix = "the technique, or densify=true", f"technique: [{name}], or densify: true"
+            yield ConfigError(f"techniques.{name}=null", "a parent under its masks", expected, fix)
+        elif then and now and stage.operation.densify:
+            expected, fix = "one of them", "leave the technique out of this stage, or densify"
+            yield ConfigError(f"densify=true, techniques.{name}", "masks taken off and put on", expected, fix)
+
+
 def _inheritance(stage: Stage, parent: Stage) -> list[ConfigError]:
     """What keeps a stage from beginning with its parent's checkpoint."""
     problems: list[ConfigError] = []
     if not parent.config.checkpoint.save_last:
         where, fix = f"stages.{parent.name}.checkpoint.save_last=false", "leave it out"
         problems.append(ConfigError(where, "no last checkpoint", f"one for stage {stage.name}", fix))
+    problems += _masking(stage, parent)
     grow, keeps = stage.operation.grow, stage.config.start.optimizer is Carry.keep
     if keeps and (stage.operation.densify or (grow and grow.optimizer is not Moments.copy)):
         expected = "moments in what it begins with"

@@ -33,12 +33,18 @@ from megafab.techniques.config import (
     PacingShape,
     Population,
     Reward,
+    SparsityPattern,
 )
 
 RULES: list[Rule] = []
 rule = table(RULES)
 
 _PACED = ("techniques.curriculum.pacing", "techniques.sequence_curriculum.pacing")
+
+
+def _inside(key: str) -> Range:
+    return Range(key, 0, 1, "more than 0 and below 1", open_low=True, open_high=True)
+
 
 _RANGES = (
     not_negative("techniques.z_loss.weight"),
@@ -51,7 +57,7 @@ _RANGES = (
     Range("techniques.online_mixing.max_loss", 0, 100, "more than 0 and at most 100", open_low=True),
     below_one("techniques.dynamic_loading.smoothing"),
     not_negative("techniques.replay.seed"),
-    Range("techniques.replay.share", 0, 1, "more than 0 and below 1", open_low=True, open_high=True),
+    _inside("techniques.replay.share"),
     positive("techniques.sample_reweighting.temperature"),
     positive("techniques.sample_reweighting.start_temperature"),
     not_negative("techniques.sample_reweighting.warmup_steps"),
@@ -60,6 +66,10 @@ _RANGES = (
     Range("techniques.token_selection.keep", 0, 1, "more than 0 and at most 1", open_low=True),
     not_negative("techniques.token_selection.warmup_steps"),
     positive("techniques.token_dropping.steps"),
+    *(_inside(f"techniques.{name}.sparsity") for name in ("static_sparsity", "gradual_pruning")),
+    not_negative("techniques.static_sparsity.seed"),
+    below_one("techniques.gradual_pruning.begin"),
+    _inside("techniques.gradual_pruning.end"),
     *(positive(f"{name}.{key}") for name in _PACED for key in ("degree", "round_to")),
 )
 
@@ -334,6 +344,62 @@ def _token_dropping_experts(facts: Facts) -> Iterator[Violation]:
             "a model without experts: their load would be balanced over the kept tokens alone",
             "model.moe.experts=0, or leave token_dropping out",
         )
+
+
+# -- sparsity ------------------------------------------------------------------------------------------------
+
+
+@rule("one-sparsity", relates=False)
+def _one_sparsity(facts: Facts) -> Iterator[Violation]:
+    on = facts.config.techniques
+    if on.static_sparsity and on.gradual_pruning:
+        where = "technique=[static_sparsity,gradual_pruning]"
+        expected, fix = "one technique that decides which weights are 0", "take one of the two out"
+        yield Violation(where, "two that mask weights", expected, fix)
+
+
+@rule("two-four")
+def _two_four(facts: Facts) -> Iterator[Violation]:
+    """In every group of four inputs of an output two are masked, so inputs come in fours."""
+    sparsity, shape = facts.config.techniques.static_sparsity, facts.shape
+    if sparsity is None or sparsity.pattern is not SparsityPattern.two_four:
+        return
+    pattern = "techniques.static_sparsity.pattern=two_four"
+    if sparsity.share != 0.5:
+        key = "techniques.static_sparsity.sparsity"
+        fix = f"{key}=null, or techniques.static_sparsity.pattern=unstructured"
+        yield Violation(f"{key}={sparsity.share:g}", pattern, "0.5, which is two of four", fix)
+    if shape is None:
+        return
+    model, layers = facts.config.model, range(facts.config.model.layers)
+    inputs = {"model.hidden": model.hidden, "model.heads x model.head_dim": model.heads * shape.head_dim}
+    if not all(shape.is_moe_layer(layer) for layer in layers):
+        inputs["model.ffn"] = shape.ffn
+    if model.moe.experts:
+        inputs |= {"model.moe.ffn": shape.expert_ffn, "model.moe.shared_ffn": model.moe.shared_ffn}
+    for key, width in inputs.items():
+        if width % 4:
+            fix = f"change {key}, or techniques.static_sparsity.pattern=unstructured"
+            expected = f"groups of 4, for {pattern}"
+            yield Violation(f"{key}={width}", f"{width} % 4 = {width % 4}", expected, fix)
+
+
+@rule("gradual-pruning")
+def _gradual_pruning(facts: Facts) -> Iterator[Violation]:
+    pruning, steps = facts.config.techniques.gradual_pruning, facts.total_steps
+    key = "techniques.gradual_pruning"
+    if pruning is None or pruning.end >= 1:
+        return
+    if pruning.begin >= pruning.end:
+        where = f"{key}.begin={pruning.begin:g}"
+        fix = f"lower {key}.begin or raise {key}.end"
+        yield Violation(where, f"{key}.end={pruning.end:g}", "a ramp that ends after it begins", fix)
+    elif steps is not None and pruning.every > (1 - pruning.end) * steps:
+        # A step after the ramp costs less than the mean step: there are at least as many of them.
+        after = int((1 - pruning.end) * steps)
+        fix = f"{key}.every={after} or less" if after else f"lower {key}.end"
+        expected = f"at most {after}, the steps after the ramp: the last pruning would come too late"
+        yield Violation(f"{key}.every={pruning.every}", f"{pruning.every}", expected, fix)
 
 
 # -- pacing, of every curriculum -----------------------------------------------------------------------------

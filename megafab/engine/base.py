@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # with its terms and its rows; adds terms and token weights. The engine then records, sums and divides.
 LossFunction = Callable[[LossTerms, Batch], None]
 
+# What may change gradients before they are measured: is given this rank's part of each by global name, views
+# shaped like `WeightEditor.master`, reduced over the job, and edits them in place, element by element.
+GradientEdit = Callable[[Mapping[str, Tensor]], None]
+
 
 def nll_only(terms: LossTerms, batch: Batch) -> None:
     """The `LossFunction` of evaluation: nothing beside the nll."""
@@ -49,8 +53,8 @@ class Engine(Protocol):
         """
         ...
 
-    def gradient_stats(self) -> GradStats:
-        """Finishes the reduction of gradients and measures them; nothing is applied.
+    def gradient_stats(self, edit: GradientEdit | None = None) -> GradStats:
+        """Finishes the reduction of gradients, has them edited and measures them; nothing is applied.
 
         The norm is the global L2 norm before clipping, shared and replicated parameters counted once, the
         same number on every rank.
@@ -107,7 +111,19 @@ class WeightEditor(Protocol):
         ...
 
     def master(self, name: str) -> Tensor:
-        """This rank's part of the master, a view: write into it, then `commit`."""
+        """This rank's part of the master, flat [n], a view: write into it, then `commit`."""
+        ...
+
+    def moments(self, name: str) -> Mapping[str, Tensor]:
+        """What the optimizer keeps of each element of `master(name)`, views of that shape, by kind.
+
+        Kinds are those of checkpoints (`adam_m`). What belongs to no single element, such as second moments
+        in an eigenbasis, is not among them.
+        """
+        ...
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """The sum of a small tensor over all ranks of the job, on the device. A collective."""
         ...
 
     def describe(self, name: str, value: Tensor) -> LogicalTensor:

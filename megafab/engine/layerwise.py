@@ -206,7 +206,7 @@ class LayerWise:
                 _send_to_copies(sent, copies, self._bucket)
 
     def factors(self) -> Mapping[str, LogicalTensor]:
-        """State of other shapes than the parameters': `soap_left/NAME`, `soap_left/NAME/query`, ..."""
+        """State of no single element: `soap_v/NAME`, `soap_left/NAME`, `soap_left/NAME/query`, ..."""
         state = {}
         of_matrices = self.slices[len(self._ranges) :]
         for s, parameter in zip(of_matrices, self._parameters, strict=True):

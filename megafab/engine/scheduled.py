@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from megafab.checkpoint.pieces import LogicalTensor
-from megafab.engine.base import LossFunction, WeightEditor
+from megafab.engine.base import GradientEdit, LossFunction, WeightEditor
 from megafab.engine.config import EngineConfig
 from megafab.engine.schedule import Schedule
 from megafab.engine.sharded import Memory, Sharding
@@ -57,7 +57,7 @@ class ScheduledEngine(ABC):
         sharding = self._shard(plan, chunks, groups, engine, optim)
         self._modules, self._tagged = sharding.modules, sharding.tagged
         self._optimizer = sharding.optimizer
-        self._masters = MasterWeights(self._optimizer.slices, self._optimizer.commit)
+        self._masters = MasterWeights(self._optimizer.slices, self._optimizer.commit, groups)
         self._updates = 0
         self._seed_dropout = groups.seed_dropout if plan.shape.config.dropout else None
         self._schedule = Schedule(
@@ -100,9 +100,11 @@ class ScheduledEngine(ABC):
         with torch.no_grad():
             return self._schedule.row_losses(batch, rows, self._ledger())
 
-    def gradient_stats(self) -> GradStats:
+    def gradient_stats(self, edit: GradientEdit | None = None) -> GradStats:
         """The global norm, which is finite exactly when every gradient of the job is."""
         self._optimizer.prepare()
+        if edit is not None:
+            edit({s.tagged.name: gradient for s, gradient in self._gradients()})
         norm = global_norm(self._gradients(), self._groups)
         return GradStats(norm, math.isfinite(norm))
 

@@ -21,8 +21,8 @@ from megafab.topology.groups import Groups
 class Slice:
     """A range of one flattened parameter, as the optimizer of this rank holds it.
 
-    `master` is fp32 [n], what the optimizer updates; `state` has its moments [n] by their name in
-    checkpoints. `owner`: no other rank answers for the same elements, in norms and checkpoints.
+    `master` is fp32 [n], what the optimizer updates; `state` has its moments [n], one of each element, by
+    their name in checkpoints. `owner`: no other rank answers for the same elements, in norms and checkpoints.
     """
 
     tagged: TaggedParameter
@@ -73,11 +73,12 @@ class MasterWeights:
     Args:
         slices: all of this rank.
         commit: makes the model compute with the masters; a collective.
+        groups: this rank's place.
     """
 
-    def __init__(self, slices: Iterable[Slice], commit: Callable[[], None]) -> None:
+    def __init__(self, slices: Iterable[Slice], commit: Callable[[], None], groups: Groups) -> None:
         self.slices = {s.tagged.name: s for s in slices}
-        self.commit = commit
+        self.commit, self._groups = commit, groups
 
     def names(self) -> Sequence[str]:
         """Global names of the parameters of which this rank holds a range."""
@@ -86,6 +87,14 @@ class MasterWeights:
     def master(self, name: str) -> torch.Tensor:
         """This rank's range of the fp32 master, flat."""
         return self.slices[name].master.data
+
+    def moments(self, name: str) -> Mapping[str, torch.Tensor]:
+        """This rank's range of each moment, flat, by its name in checkpoints."""
+        return self.slices[name].state
+
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of the job."""
+        return self._groups.sum_over_job(counts.to(self._groups.device))
 
     def describe(self, name: str, value: torch.Tensor) -> LogicalTensor:
         """`value`, shaped like `master(name)`, as part of a logical tensor like the parameter."""

@@ -5,8 +5,20 @@ The names are those that `tags.py` gives to the modules that core builds.
 
 from __future__ import annotations
 
+import re
+
 from megafab.model.config import Norm, Position
 from megafab.model.shape import ModelShape
+
+_MASKABLE = re.compile(r"decoder\.layers\.\d+\..*\.linear_(qkv|proj|fc1|fc2)\.weight")
+
+
+def is_maskable(name: str) -> bool:
+    """Whether sparsity masks this parameter: the matrices of attention and feed-forward, in every layer.
+
+    Embeddings, head, routers, norms and biases stay dense (Thangarasa et al. 2023, arXiv 2303.10464).
+    """
+    return _MASKABLE.fullmatch(name) is not None
 
 
 def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -106,6 +106,7 @@ class ModelShape:
         *,
         recompute: str = "none",
         kept: Mapping[int, int] = MappingProxyType({}),
+        density: float = 1.0,
     ) -> float:
         """Training FLOPs of one token, forward and backward.
 
@@ -113,18 +114,21 @@ class ModelShape:
             seq_len: length the attention runs over; the model's own by default.
             recompute: `none`, `selective` (attention products again) or `full` (every layer's forward again).
             kept: by layer (from 0), how many tokens of a sequence it computes; all where it is not named.
+            density: share of the weights that are not 0 in the matrices that sparsity masks
+                (`names.is_maskable`), each of which counts; routers, attention and the head are dense.
         """
         c = self.config
         length = seq_len or c.seq_len
         layers = attentions = 0.0
         for layer in range(c.layers):
-            matrices = float(self.attention_matrix_parameters)
+            matrices, router = float(self.attention_matrix_parameters), 0
             if self.is_moe_layer(layer):
-                matrices += c.moe.experts * c.hidden
+                router = c.moe.experts * c.hidden
                 matrices += c.moe.top_k * self._mlp_matrix_parameters(self.expert_ffn)
                 matrices += self._mlp_matrix_parameters(c.moe.shared_ffn)
             else:
                 matrices += self._mlp_matrix_parameters(self.ffn)
+            matrices = density * matrices + router
             tokens = kept.get(layer, length)
             attention = 4.0 * tokens * c.heads * self.head_dim  # query x key and probabilities x value
             # Of the tokens of a sequence only these are computed, and see each other.

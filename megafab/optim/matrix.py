@@ -55,8 +55,8 @@ class Fusion:
 class MatrixParameter:
     """A parameter with its state, whole, in fp32, on the rank that updates it.
 
-    `moments` are [R, C] by their name in checkpoints; `factors` are square, by their name and that of the
-    matrix they belong to (`Fusion.names`).
+    `moments` are [R, C], one of each weight, by their name in checkpoints; `factors` are all other state, by
+    their name and that of the matrix they belong to (`Fusion.names`; empty: the whole parameter).
     """
 
     weight: torch.Tensor  # [R, C]

@@ -52,9 +52,8 @@ class SOAP:
         self._beta1, self._beta2 = config.beta1, config.beta2
 
     def start(self, weight: torch.Tensor, fusion: Fusion) -> MatrixParameter:
-        """Two moments and, for each preconditioned side of each matrix, statistics and eigenvectors."""
-        moments = {"soap_m": torch.zeros_like(weight), "soap_v": torch.zeros_like(weight)}
-        factors = {}
+        """m, v and, for each preconditioned side of each matrix, statistics and eigenvectors."""
+        moments, factors = {"soap_m": torch.zeros_like(weight)}, {("soap_v", ""): torch.zeros_like(weight)}
         for name, shape in zip(fusion.names, fusion.shapes(weight.shape[1]), strict=True):
             for side, size in zip(("left", "right"), shape, strict=True):
                 if size <= self._settings.max_dim:
@@ -81,7 +80,7 @@ class SOAP:
                 self._observe(parameter.factors, name, g)
                 _begin_basis(parameter.factors, name, g)
             return
-        momentum, second = parameter.moments["soap_m"], parameter.moments["soap_v"]
+        momentum, second = parameter.moments["soap_m"], parameter.factors["soap_v", ""]
         momentum.lerp_(gradient, 1 - self._beta1)
         directions, seconds = [], []
         for name, g, m, v in zip(

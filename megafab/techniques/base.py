@@ -5,6 +5,7 @@ Where the hooks stand in `train.py`:
     on_plan(plan, mesh)                                   once, before any module exists
     on_build(stages, clock)                               once, before the engine wraps the modules
     load_state_dict(), sharded_state()                    on resume
+    on_start(progress, weights)                           once, before the first step
     each step
         plan    = schedules.at(progress)
         plan    = on_schedule(plan, progress)             every rank
@@ -13,6 +14,7 @@ Where the hooks stand in `train.py`:
         ledger  = engine.forward_backward(batch, plan, loss)
                       on_loss(terms, batch)               last pipeline stage, every micro-batch
         stats   = engine.gradient_stats()
+                      on_reduced(gradients)               every rank, after the reduction, before the norm
         verdict = on_gradients(stats, ledger)             every rank; the most severe of the job counts
         outcome = engine.update(plan, verdict)
         on_step(plan, outcome, ledger, weights)           every rank
@@ -27,8 +29,8 @@ Rules that make off equal to the baseline, and on equal across resume and topolo
   from a global generator. The state of a `Key` is the integers in it.
 - State is replicated (the same on every rank: `state_dict`) or shaped like parameters (`sharded_state`);
   never per rank, which cannot be resharded. Counts are global.
-- No collective but through what a hook is given (`terms.tensor_sum`, `ledger.reduced()`, `weights.commit()`),
-  and those on every rank alike.
+- No collective but through what a hook is given (`terms.tensor_sum`, `ledger.reduced()`, `weights.sum()`,
+  `weights.commit()`), and those on every rank alike.
 - A technique reads no other technique. Two that write one resource are refused unless both list it
   in `composes`.
 """
@@ -36,12 +38,13 @@ Rules that make off equal to the baseline, and on equal across resume and topolo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.loss.terms import LossTerms
@@ -71,7 +74,8 @@ RESOURCES = frozenset(
         "loss_terms",  # on_loss: terms beside the nll
         "token_weights",  # on_loss: weights of the nll
         "gradients",  # on_gradients: scale or skip
-        "weights",  # on_step: the masters
+        "gradient_entries",  # on_reduced: single elements
+        "weights",  # on_start, on_step: masters and moments
         "evaluation_weights",  # on_eval: the weights that are evaluated
     }
 )
@@ -124,6 +128,9 @@ class Facts:
 
     `seed` is the run's, `weights` the mixture it begins with, `tokens` and `text_bytes` those of the training
     split, `steps` the length of the run. `fixed` are the domains whose share no mixing policy decides.
+    `whole_matrices`: the optimizer updates matrices as wholes, so that an element with neither weight, moment
+    nor gradient is moved nevertheless. `plans()` goes through the plans of the whole run, from its first step
+    on, as schedules and techniques make them from their settings and state; not before `on_start`.
     """
 
     seed: int
@@ -134,6 +141,8 @@ class Facts:
     text_bytes: tuple[int, ...]
     steps: int
     fixed: tuple[str, ...] = ()
+    whole_matrices: bool = False
+    plans: Callable[[], Iterable[StepPlan]] = tuple
 
 
 @dataclass(slots=True)
@@ -181,6 +190,12 @@ class Technique:
     def on_build(self, stages: Sequence[torch.nn.Module], clock: Clock) -> None:
         """Initialises, freezes or taps this rank's modules; keeps the clock. Once, before wrapping."""
 
+    def on_start(self, progress: Progress, weights: WeightEditor) -> None:
+        """Edits the weights that training begins with, new or restored, and their moments, and commits.
+
+        Every rank, once, before the first step; `progress` is what is behind.
+        """
+
     def on_schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         """The plan of the next step. Pure in progress and saved state, so that all ranks agree."""
         return plan
@@ -195,6 +210,9 @@ class Technique:
 
     def on_loss(self, terms: LossTerms, batch: Batch) -> None:
         """Adds named terms or token weights. `batch` has the micro-batch's rows, cut as `terms` are."""
+
+    def on_reduced(self, gradients: Mapping[str, Tensor]) -> None:
+        """Edits the gradients in place, element by element, before their norm is taken (`GradientEdit`)."""
 
     def on_gradients(self, stats: GradStats, ledger: LossLedger) -> Verdict:
         """What to do with the gradients: apply, scale or skip. Needs the capability `veto`."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from megafab.checkpoint.pieces import LogicalTensor
-    from megafab.engine.base import WeightEditor
+    from megafab.engine.base import GradientEdit, WeightEditor
     from megafab.topology.mesh import Mesh
 
 _SCALE_BITS = 0x7F800000  # of infinity: above those of every finite float32
@@ -42,6 +42,7 @@ class Bus:
     Attributes:
         terms: the names of the loss terms they add, in order; `notes` those of what they only record.
         reads_evaluation: whether a state depends on evaluations, so that none may be left out.
+        reduced: edits the reduced gradients; None where no technique does.
 
     Raises:
         ConfigError: a technique needs what the engine lacks, or two change the same thing.
@@ -67,12 +68,15 @@ class Bus:
         self.terms = tuple(term for technique in self._techniques for term in technique.terms)
         self.notes = tuple(note for technique in self._techniques for note in technique.notes)
         self.reads_evaluation = any(technique.reads_evaluation for technique in self._techniques)
+        self._on_start = self._overriding("on_start")
         self._on_schedule = self._overriding("on_schedule")
         self._on_batch = self._overriding("on_batch")
         self._on_loss = self._overriding("on_loss")
+        self._on_reduced = self._overriding("on_reduced")
         self._on_gradients = self._overriding("on_gradients")
         self._on_step = self._overriding("on_step")
         self._on_eval = self._overriding("on_eval")
+        self.reduced: GradientEdit | None = self._edit if self._on_reduced else None
         if self._techniques:
             message(f"techniques, in order: {', '.join(t.name for t in self._techniques)}")
 
@@ -85,6 +89,11 @@ class Bus:
         """Before the engine wraps this rank's modules."""
         for technique in self._techniques:
             technique.on_build(stages, clock)
+
+    def start(self, progress: Progress, weights: WeightEditor) -> None:
+        """Before the first step of this process."""
+        for technique in self._on_start:
+            technique.on_start(progress, weights)
 
     def schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         """The plan of the next step as techniques want it.
@@ -109,6 +118,10 @@ class Bus:
         """Terms and weights of one micro-batch: an `engine.base.LossFunction`."""
         for technique in self._on_loss:
             technique.on_loss(terms, batch)
+
+    def _edit(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        for technique in self._on_reduced:
+            technique.on_reduced(gradients)
 
     def gradients(self, stats: GradStats, ledger: LossLedger) -> Verdict:
         """What becomes of the gradients: the most severe verdict of any technique on any rank.

@@ -19,6 +19,8 @@ CLASSES = {
     "token_dropping": "megafab.techniques.token_dropping:TokenDropping",
     "curriculum": "megafab.techniques.curriculum:Curriculum",
     "sequence_curriculum": "megafab.techniques.sequence_curriculum:SequenceCurriculum",
+    "static_sparsity": "megafab.techniques.static_sparsity:StaticSparsity",
+    "gradual_pruning": "megafab.techniques.gradual_pruning:GradualPruning",
 }
 
 

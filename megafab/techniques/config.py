@@ -185,6 +185,47 @@ class SequenceCurriculumConfig:
     pacing: PacingConfig = field(default_factory=PacingConfig)
 
 
+class SparsityPattern(Enum):
+    """Which weights a mask may keep."""
+
+    unstructured = "unstructured"  # any
+    two_four = "two_four"  # of every four inputs of an output, two
+
+
+@dataclass(frozen=True, slots=True)
+class StaticSparsityConfig:
+    """`techniques/static_sparsity.py`."""
+
+    pattern: SparsityPattern = SparsityPattern.unstructured
+    sparsity: float | None = None  # share of each matrix that is 0; null: 0.75 if unstructured, else 0.5
+    seed: int | None = None  # that the masks are drawn from; null: train.seed
+
+    @property
+    def share(self) -> float:
+        """The share of each matrix that is 0."""
+        if self.sparsity is not None:
+            return self.sparsity
+        return 0.75 if self.pattern is SparsityPattern.unstructured else 0.5
+
+
+class Ramp(Enum):
+    """How the sparsity gets from 0 to its end, over the share u of the ramp's compute that is spent."""
+
+    cubic = "cubic"  # most of it early: 1 - (1 - u)^3
+    linear = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class GradualPruningConfig:
+    """`techniques/gradual_pruning.py`. Shares are of the run's compute, not of its steps."""
+
+    sparsity: float = 0.5  # share of each matrix that is 0 in the end
+    begin: float = 0.25  # share of the compute spent on the dense model
+    end: float = 0.75  # share of the compute after which the masks stay
+    ramp: Ramp = Ramp.cubic
+    every: int = 100  # steps between two prunings
+
+
 @dataclass(frozen=True, slots=True)
 class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
@@ -199,3 +240,5 @@ class TechniquesConfig:
     token_dropping: TokenDroppingConfig | None = None
     curriculum: CurriculumConfig | None = None
     sequence_curriculum: SequenceCurriculumConfig | None = None
+    static_sparsity: StaticSparsityConfig | None = None
+    gradual_pruning: GradualPruningConfig | None = None

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,17 @@ from megafab.techniques.config import (
     CurriculumConfig,
     DynamicLoadingConfig,
     EMAConfig,
+    GradualPruningConfig,
     OnlineMixingConfig,
     PacingConfig,
     PacingShape,
     Population,
+    Ramp,
     ReplayConfig,
     SampleReweightingConfig,
     SequenceCurriculumConfig,
     SequenceMode,
+    StaticSparsityConfig,
     TechniquesConfig,
     TokenDroppingConfig,
     TokenSelectionConfig,
@@ -72,6 +76,9 @@ SETTINGS: dict[str, Any] = {
     "sequence_curriculum": SequenceCurriculumConfig(
         SequenceMode.reshape, PacingConfig(PacingShape.step, levels=(4, 12, 16), last_steps=(2, 4))
     ),
+    "static_sparsity": StaticSparsityConfig(),
+    # Prunes after each of steps 2 to 5, so before and after the step of the save.
+    "gradual_pruning": GradualPruningConfig(begin=0.2, end=0.75, ramp=Ramp.linear, every=1),
 }
 # Layouts that a rule refuses (config/technique_rules.py).
 REFUSED = {("token_dropping", "context2")}
@@ -163,6 +170,18 @@ class _Audit:
         self._require("loss_terms", list(terms.values()) == ["nll"])
         if "loss_terms" not in self._writes:
             self._require("token_weights", terms.total().item() == before)
+
+    def start(self, progress: Progress, weights: WeightEditor) -> None:
+        before = masters(weights)
+        self._bus.start(progress, weights)
+        self._require("weights", masters(weights) == before)
+
+    def reduced(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        before = {name: gradient.clone() for name, gradient in gradients.items()}
+        if self._bus.reduced is not None:
+            self._bus.reduced(gradients)
+        same = all(torch.equal(gradient, before[name]) for name, gradient in gradients.items())
+        self._require("gradient_entries", same)
 
     def gradients(self, stats: GradStats, ledger: LossLedger) -> Verdict:
         verdict = self._bus.gradients(stats, ledger)
@@ -319,12 +338,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 SLOW = {"data4", "sequence2"}  # much as data2 and tensor2
+# Much as gradual_pruning there.
+SLOW_PAIRS = {("static_sparsity", layout) for layout in ("data2", "context2", "pipeline2")}
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] in SLOW else [])
+        pytest.param(*pair, marks=[pytest.mark.slow] if pair[1] in SLOW or pair in SLOW_PAIRS else [])
         for pair in itertools.product(NAMES, LAYOUTS)
         if pair not in REFUSED
     ],

@@ -32,6 +32,7 @@ LEVELS = {
     "megafab.engine": 4,
     "megafab.checkpoint": 4,
     "megafab.techniques.bus": 4,
+    "megafab.techniques.masks": 4,  # for several techniques
     "megafab.techniques.mixing": 4,
     "megafab.resilience": 4,
     "megafab.planner": 4,

@@ -174,9 +174,9 @@ def test_a_finished_stage_keeps_its_settings(corpus: Path, unbroken: Path, tmp_p
     changed = Training(corpus, tmp_path / "training", "stages.small.optim.lr=2e-3")
     assert changed.process.wait(timeout=120) == 2
     assert changed.log.read_text().splitlines()[-1] == (
-        "stages.small: found other settings than it was finished with: optim.lr from 0.001 to 0.002, expected "
-        "the same ones, since stage stacked was begun with its checkpoint. Fix: undo the change, or give run.dir "
-        "another place"
+        "stages.small: found other settings than it was finished with: optim.lr from 0.001 to 0.002, "
+        "expected the same ones, since stage stacked was begun with its checkpoint. Fix: undo the change, or "
+        "give run.dir another place"
     )
 
 

@@ -100,6 +100,7 @@ def test_an_empty_bus_changes_nothing_says_nothing_and_asks_no_rank() -> None:
     before, rows = plan(), batch()
     assert empty.schedule(before, Progress()) is before
     assert empty.batch(rows, before) is rows
+    assert empty.reduced is None
     assert empty.gradients(FINE, ledger()) == Verdict()
     assert (empty.terms, empty.state_dict(), empty.metrics(ledger().reduced())) == ((), {}, {})
     assert said == []
@@ -128,6 +129,31 @@ def test_two_writers_of_one_thing_are_refused(kinds) -> None:
     text = rf"technique=\[{first},{second}\]: found both change learning_rate.*Fix: leave one"
     with pytest.raises(ConfigError, match=text):
         bus(*kinds)
+
+
+def test_weights_and_gradients_are_edited_in_order() -> None:
+    class Double(Technique):
+        name = "double"
+
+        def on_start(self, progress, weights):
+            weights.append((self.name, progress.step))
+
+        def on_reduced(self, gradients):
+            gradients["w"].mul_(2)
+
+    class Add(Double):
+        name = "add"
+        after = ("double",)
+
+        def on_reduced(self, gradients):
+            gradients["w"].add_(1)
+
+    both, started, gradient = bus(Add, Double), [], torch.tensor([3.0])
+    both.start(Progress(5), started)  # type: ignore[arg-type]
+    assert started == [("double", 5), ("add", 5)]
+    assert both.reduced is not None
+    both.reduced({"w": gradient})
+    assert gradient.tolist() == [7.0]
 
 
 def test_an_engine_that_lacks_something_is_named() -> None:

@@ -278,7 +278,9 @@ def test_fused_matrices_are_updated_as_if_they_were_apart(name: str):
     for kind, moment in fused.moments.items():
         torch.testing.assert_close(moment, fusion.join([p.moments[kind] for p in apart]))
     for (kind, part), factor in fused.factors.items():
-        torch.testing.assert_close(factor, apart[fusion.names.index(part)].factors[kind, ""])
+        theirs = [p.factors[kind, ""] for p in apart]
+        # What has no part of its own belongs to all of them, as v does.
+        torch.testing.assert_close(factor, theirs[fusion.names.index(part)] if part else fusion.join(theirs))
     other = trained(BUILD[name], weight, gradients, decay=0.1)
     assert not torch.allclose(other.weight, fused.weight), "fusing must matter, or this test says nothing"
 
@@ -307,7 +309,7 @@ def test_soaps_first_update_only_begins_the_statistics():
     parameter = trained(soap(), weight, [gradient], decay=0.5)
     assert torch.equal(parameter.weight, weight)
     assert not parameter.moments["soap_m"].any()
-    assert not parameter.moments["soap_v"].any()
+    assert not parameter.factors["soap_v", ""].any()
     left, basis = parameter.factors["soap_left", ""], parameter.factors["soap_q_left", ""]
     torch.testing.assert_close(left, 0.05 * gradient @ gradient.T)
     torch.testing.assert_close(basis.T @ basis, torch.eye(6))
@@ -332,14 +334,14 @@ def test_soap_with_diagonal_statistics_is_adam():
 def test_soap_without_preconditioned_sides_is_adam():
     weight, gradients = normal(6, 8), [normal(6, 8, seed=seed) for seed in range(1, 8)]
     parameter = trained(soap(max_dim=5), weight, gradients, lr=0.01, decay=0.1)
-    assert not parameter.factors
+    assert set(parameter.factors) == {("soap_v", "")}
     expected = adam_reference(weight, gradients[1:], lr=0.01, decay=0.1)
     torch.testing.assert_close(parameter.weight, expected)
 
 
 def test_soap_preconditions_the_sides_that_are_short_enough():
     parameter = trained(soap(max_dim=7), normal(6, 8), [normal(6, 8, seed=1)])
-    assert set(parameter.factors) == {("soap_left", ""), ("soap_q_left", "")}
+    assert set(parameter.factors) == {("soap_v", ""), ("soap_left", ""), ("soap_q_left", "")}
 
 
 def rotation(size: int, seed: int) -> torch.Tensor:
@@ -377,7 +379,7 @@ def test_soap_follows_the_eigenvectors_of_its_statistics():
     rotated = basis.T @ left @ basis
     assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-4 * rotated.diagonal().max()
     # Of a constant gradient the second moment in its eigenbasis is the squared singular values.
-    diagonal = parameter.moments["soap_v"].diagonal()
+    diagonal = parameter.factors["soap_v", ""].diagonal()
     values = torch.linalg.svdvals(gradients[0]).square() * (1 - 0.95**59)
     torch.testing.assert_close(diagonal.sort().values, values.sort().values, rtol=1e-3, atol=1e-5)
 
@@ -386,7 +388,7 @@ def test_soap_keeps_v_with_its_direction_when_eigenvalues_change_places():
     """First the first axis has the large gradients, then the second: columns swap, and v with them."""
     early, late = torch.tensor([3.0, 1.0]).diag(), torch.tensor([1.0, 30.0]).diag()
     parameter = trained(soap(frequency=2), torch.zeros(2, 2), [early, early, late], lr=1e-3)
-    v, left = parameter.moments["soap_v"], parameter.factors["soap_q_left", ""]
+    v, left = parameter.factors["soap_v", ""], parameter.factors["soap_q_left", ""]
     assert left.abs().argmax(dim=0).tolist() == [1, 0]
     expected_of_axis = [0.95 * 0.05 * 9 + 0.05 * 1, 0.95 * 0.05 * 1 + 0.05 * 900]
     assert v.diagonal().tolist() == pytest.approx([expected_of_axis[1], expected_of_axis[0]], rel=1e-4)

@@ -29,6 +29,7 @@ from megafab.techniques.config import (
     DifficultyKind,
     DynamicLoadingConfig,
     EMAConfig,
+    GradualPruningConfig,
     OnlineMixingConfig,
     PacingConfig,
     PacingShape,
@@ -36,6 +37,8 @@ from megafab.techniques.config import (
     Reward,
     SampleReweightingConfig,
     SequenceCurriculumConfig,
+    SparsityPattern,
+    StaticSparsityConfig,
     TokenDroppingConfig,
     TokenSelectionConfig,
 )
@@ -49,6 +52,7 @@ BASE = RunConfig(
     data=DataConfig(path="corpus"),
 )
 RULES = (*rules.RULES, *technique_rules.RULES)
+TWO_FOUR = SparsityPattern.two_four
 DROPPING = TokenDroppingConfig(start=16, steps=10, round_to=4)  # of 32 tokens
 CORPUS = CorpusFacts("corpus", vocab_size=1000, tokens={"books": 5000, "code": 900})
 PACING = PacingConfig(start=8, end=32, steps=50, round_to=8)
@@ -810,6 +814,61 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "expected a finished megafab-scores. Fix: make it: megafab score",
     ),
     (
+        *("size", {"techniques.gradual_pruning": GradualPruningConfig(every=0)}, 1),
+        "techniques.gradual_pruning.every=0: found 0, expected at least 1. Fix: "
+        "techniques.gradual_pruning.every=1 or more",
+    ),
+    (
+        *("technique-range", {"techniques.static_sparsity": StaticSparsityConfig(sparsity=1.0)}, 1),
+        "techniques.static_sparsity.sparsity=1: found 1, expected more than 0 and below 1. Fix: give "
+        "techniques.static_sparsity.sparsity a value more than 0 and below 1",
+    ),
+    (
+        *("technique-range", {"techniques.static_sparsity": StaticSparsityConfig(seed=-1)}, 1),
+        "techniques.static_sparsity.seed=-1: found -1, expected 0 or more. Fix: give "
+        "techniques.static_sparsity.seed a value 0 or more",
+    ),
+    (
+        *("technique-range", {"techniques.gradual_pruning": GradualPruningConfig(end=1.0, every=1)}, 1),
+        "techniques.gradual_pruning.end=1: found 1, expected more than 0 and below 1. Fix: give "
+        "techniques.gradual_pruning.end a value more than 0 and below 1",
+    ),
+    (
+        "one-sparsity",
+        {
+            "techniques.static_sparsity": StaticSparsityConfig(),
+            "techniques.gradual_pruning": GradualPruningConfig(every=10),
+        },
+        1,
+        "technique=[static_sparsity,gradual_pruning]: found two that mask weights, expected one technique "
+        "that decides which weights are 0. Fix: take one of the two out",
+    ),
+    (
+        *("two-four", {"techniques.static_sparsity": StaticSparsityConfig(TWO_FOUR, sparsity=0.75)}, 1),
+        "techniques.static_sparsity.sparsity=0.75: found techniques.static_sparsity.pattern=two_four, "
+        "expected 0.5, which is two of four. Fix: techniques.static_sparsity.sparsity=null, or "
+        "techniques.static_sparsity.pattern=unstructured",
+    ),
+    (
+        *("two-four", {"techniques.static_sparsity": StaticSparsityConfig(TWO_FOUR), "model.ffn": 98}, 1),
+        "model.ffn=98: found 98 % 4 = 2, expected groups of 4, for "
+        "techniques.static_sparsity.pattern=two_four. Fix: change model.ffn, or "
+        "techniques.static_sparsity.pattern=unstructured",
+    ),
+    (
+        "gradual-pruning",
+        {"techniques.gradual_pruning": GradualPruningConfig(begin=0.5, end=0.5, every=10)},
+        1,
+        "techniques.gradual_pruning.begin=0.5: found techniques.gradual_pruning.end=0.5, expected a ramp "
+        "that ends after it begins. Fix: lower techniques.gradual_pruning.begin or raise "
+        "techniques.gradual_pruning.end",
+    ),
+    (
+        *("gradual-pruning", {"techniques.gradual_pruning": GradualPruningConfig(every=26)}, 1),
+        "techniques.gradual_pruning.every=26: found 26, expected at most 25, the steps after the ramp: the "
+        "last pruning would come too late. Fix: techniques.gradual_pruning.every=25 or less",
+    ),
+    (
         *("mixture-domains", {"data.mixture": {"book": 1.0}}, 1),
         "data.mixture.book=1: found book, expected a domain of data.path=corpus: books, code. "
         "Fix: did you mean data.mixture.books?",
@@ -946,6 +1005,17 @@ VALID: list[tuple[dict[str, Any], int]] = [
         },
         1,
     ),
+    ({"techniques.gradual_pruning": GradualPruningConfig(every=25)}, 1),
+    ({"techniques.static_sparsity": StaticSparsityConfig(TWO_FOUR), "parallel.tensor": 8}, 8),
+    (
+        {
+            "techniques.static_sparsity": StaticSparsityConfig(TWO_FOUR, sparsity=0.5),
+            "model.moe.experts": 4,
+            "model.ffn": 98,
+            "model.moe.ffn": 96,
+        },
+        1,
+    ),  # no layer has model.ffn
     ({"techniques.token_dropping": DROPPING, "model.layers": 3}, 1),
     (
         {"techniques.token_dropping": dataclasses.replace(DROPPING, layers=(0, 7))},

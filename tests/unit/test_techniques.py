@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -115,6 +115,12 @@ class Masters:
 
     def master(self, name: str) -> Tensor:
         return self._masters[name]
+
+    def moments(self, name: str) -> Mapping[str, Tensor]:
+        return {}
+
+    def sum(self, counts: Tensor) -> Tensor:
+        return counts
 
     def describe(self, name: str, value: Tensor) -> LogicalTensor:
         return whole(value, Layout.whole(tuple(value.shape)), owner=True)

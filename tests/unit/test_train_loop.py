@@ -46,8 +46,8 @@ class Diary:
     def check(self, step: int, *, saving: bool) -> None:
         self.note(f"check {step}" + " before saving" * saving)
 
-    def start(self, progress: Progress) -> None:
-        self.note(f"start {progress.step}")
+    def start(self, progress: Progress, weights: str = "") -> None:
+        self.note(f"bus.start {progress.step}" if weights else f"start {progress.step}")
 
     def begin(self, step: int) -> None:
         self.note(f"begin {step}")
@@ -83,6 +83,9 @@ class Diary:
         return self.asked == self.signal_at
 
     # schedules, loader, bus
+    def reduced(self, gradients: Any) -> None:
+        raise AssertionError("the engine calls it")
+
     def remaining(self, progress: Progress) -> int:
         return self.steps - progress.step
 
@@ -133,8 +136,9 @@ class Diary:
         assert loss == self.loss
         return _ledger(3.0, 0)
 
-    def gradient_stats(self) -> GradStats:
+    def gradient_stats(self, edit: Any) -> GradStats:
         self.note("gradient_stats")
+        assert edit == self.reduced
         return GradStats(1.0, self.calls.count("gradient_stats") not in self.bad)
 
     def update(self, plan: StepPlan, verdict: Verdict, stats: GradStats) -> StepOutcome:
@@ -219,7 +223,7 @@ def test_a_run_call_by_call() -> None:
     diary = Diary(3)
     progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
     assert diary.calls == [
-        *("restore", "start 0", "enter", "enter"),
+        *("restore", "start 0", "enter", "enter", "bus.start 0"),
         *("begin 1", *STEP, "check 1"),
         *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
         *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
@@ -247,7 +251,7 @@ def test_a_run_goes_on_where_it_was() -> None:
 def test_a_finished_run_does_nothing() -> None:
     diary = Diary(3, start=3)
     assert fit(run_of(diary, save_last=True, evaluate=True)).step == 3
-    assert diary.calls == ["restore", "start 3", "enter", "enter", *END]
+    assert diary.calls == ["restore", "start 3", "enter", "enter", "bus.start 3", *END]
     assert diary.messages == [
         "nothing left to do: step 3 reaches train.steps or train.tokens; raise it to go on"
     ]

@@ -19,7 +19,7 @@ from megafab import judge
 from megafab.checkpoint import provenance, tools, writer
 from megafab.checkpoint.config import GrowConfig, Moments
 from megafab.checkpoint.reader import Reader, TensorInfo
-from megafab.checkpoint.store import WEIGHT
+from megafab.checkpoint.store import WEIGHT, masks
 from megafab.checkpoint.surgery import learned
 from megafab.checkpoint.surgery.origins import Origins
 from megafab.config import growth
@@ -53,6 +53,7 @@ def grow(path: Path, to: Path, config: GrowConfig, message: Say) -> Path:
             is made then.
     """
     reader = tools.open_intact(path)
+    _require_dense(reader)
     parent, ids = sizes(reader)
     _require_model(reader, parent)
     model = growth.grown(parent, config, ids=ids)
@@ -100,6 +101,12 @@ def sizes(reader: Reader) -> tuple[ModelShape, int]:
 
 def _run(reader: Reader) -> RunConfig:
     return build(RunConfig, dict(reader.state["config"]))
+
+
+def _require_dense(reader: Reader) -> None:
+    if masks(reader.tensors):
+        fix = f"megafab ckpt densify {reader.path} to=DIR, and grow that"
+        raise UserError(str(reader.path), "weights under masks", "those of a dense model", fix)
 
 
 def _require_model(reader: Reader, parent: ModelShape) -> None:
