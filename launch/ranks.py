@@ -84,7 +84,14 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
-def start(ranks: int, argv: Sequence[str], *, run_dir: Path, threads: int | None = None) -> int:
+def start(
+    ranks: int,
+    argv: Sequence[str],
+    *,
+    run_dir: Path,
+    threads: int | None = None,
+    heard: list[int] | None = None,
+) -> int:
     """Run `argv` as `ranks` local processes and wait for them.
 
     Rank 0 writes to this process' own output, rank r to `run_dir/logs/rank_0000r.log` (appended). SIGTERM,
@@ -97,13 +104,14 @@ def start(ranks: int, argv: Sequence[str], *, run_dir: Path, threads: int | None
         argv: the command, the same for all; it reads its rank from the environment (`rank_environment`).
         run_dir: where `logs/` is made.
         threads: OMP_NUM_THREADS of each; None shares the cores out.
+        heard: gets the signals that were passed on.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + n when signal n killed it).
     """
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with _reserved_port() as port, _Ranks(logs) as job:
+    with _reserved_port() as port, _Ranks(logs, heard) as job:
         job.start(ranks, argv, _environment(ranks, port, threads))
         return job.wait()
 
@@ -152,11 +160,11 @@ def _die_with(parent: int) -> None:
 class _Ranks:
     """The processes of one job; leaving the context leaves none of them behind."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, heard: list[int] | None) -> None:
         self._logs = logs
         self._processes: list[subprocess.Popen[bytes]] = []
         self._exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (rank, code), in order
-        self._received: list[int] = []
+        self._received = [] if heard is None else heard
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> _Ranks:

@@ -58,17 +58,19 @@ def _chosen(stages: Sequence[Stage], chosen: Sequence[str]) -> Stage:
 def _train_stages(stages: Sequence[Stage], overrides: Sequence[str]) -> int:
     """What is left of the stages, each on ranks of its own."""
 
+    heard: list[int] = []
+
     def train(stage: Stage) -> int:
         run_dir, launch = Path(stage.config.run.dir), stage.config.launch
         _make_run_directory(run_dir)
         staged.prepare(stage, stages, print)
         command = [*_COMMAND, *overrides, f"{_STAGE}{stage.name}"]
-        return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads)
+        return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads, heard=heard)
 
     root = Path(stages[0].config.run.dir).parent
     _make_run_directory(root)
     with alone(root):
-        return staged.run(stages, root, train, lambda text: print(text, flush=True))
+        return staged.run(stages, root, train, lambda: bool(heard), lambda text: print(text, flush=True))
 
 
 def _train(config: RunConfig, overrides: Sequence[str]) -> int:

@@ -31,7 +31,11 @@ FINISHED = "finished.json"
 
 
 def run(
-    stages: Sequence[Stage], root: Path, train: Callable[[Stage], int], message: Callable[[str], None]
+    stages: Sequence[Stage],
+    root: Path,
+    train: Callable[[Stage], int],
+    leave: Callable[[], bool],
+    message: Callable[[str], None],
 ) -> int:
     """Run what is left of the stages, one after the other.
 
@@ -39,6 +43,7 @@ def run(
         stages: all, in order; the rules have passed.
         root: the directory of them all, which the caller has made and holds.
         train: runs a stage to its end, or until a signal, and returns the exit code of its ranks.
+        leave: whether a signal has asked to, which may come too late for a stage to notice.
         message: shows one line to the user.
 
     Returns:
@@ -60,6 +65,9 @@ def run(
             return code
         if not _finished(stage.config):
             message(f"{title}: not finished; the same command goes on")
+            return 0
+        if leave() and stage is not stages[-1]:
+            message(f"{title}: finished; the same command goes on with the next")
             return 0
     return 0
 
