@@ -118,7 +118,7 @@ def from_hf(source: Path, settings: ConvertConfig, say: Say) -> None:
         _judge(config, weights, source, shape, corpus, settings, say)
     checkpoint = to / made.relative_to(draft)
     say(f"{checkpoint}: {shape.parameters:,} parameters. To begin a run with it:")
-    say(f"megafab train checkpoint.resume={checkpoint} {' '.join(model_overrides(model))} data.path=DIR")
+    say(f"megafab train start.checkpoint={checkpoint} {' '.join(model_overrides(model))} data.path=DIR")
 
 
 class _Weights:

@@ -192,6 +192,7 @@ def _unused(parent: ModelShape, config: GrowConfig) -> Iterator[ConfigError]:
     depth, width = depth_of(config), width_of(config)
     wide, dense = "hidden, heads, kv_heads or ffn", config.experts is None
     copies = width is Width.direct or depth in (Depth.stack, Depth.interleave) or not dense
+    copies = copies and not learns(config)
     draws = width not in (None, Width.direct) or depth in (Depth.random, Depth.learned) or not dense
     needs: tuple[tuple[str, object, bool, str, str], ...] = (
         ("depth", config.depth and config.depth.value, depth is None, "no layers=", "layers to add"),

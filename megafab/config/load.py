@@ -97,17 +97,15 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str], *, unde
 
 
 def declared_stages(overrides: Sequence[str]) -> Tree:
-    """The `stages` of a training run's files, by name and in order, for the recipe that is chosen; or none.
+    """The `stages` of a training run's files, by name and in order, for the recipe that is chosen.
 
-    Raises:
-        ConfigError: with one line for every mistake in the choices.
+    None where the choices have mistakes, of which `compose` tells all.
     """
     groups = config_groups("train")
     undecided: list[ConfigError] = []
     choices, _ = _sorted(overrides, RunConfig, groups, undecided, [])
-    undecided = undecided or _missing_choices(groups, choices)
-    if undecided:
-        raise ConfigErrors(undecided)
+    if undecided or _missing_choices(groups, choices):
+        return {}
     return _hydra("train", choices).get(_STAGES) or {}
 
 

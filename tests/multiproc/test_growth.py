@@ -49,7 +49,6 @@ MODELS = {
 }
 # What keeps the function, by the kind of model.
 ANY = {
-    "depth": {"layers": 6, "depth": Depth.zero},
     "depth, hidden, heads, vocabulary": {
         **{"layers": 8, "depth": Depth.zero, "hidden": 44, "heads": 8, "vocab": 513},
     },
@@ -59,7 +58,6 @@ DENSE = {
     "width": {"hidden": 40, "heads": 8, "ffn": 50},
     "queries of old keys": {"heads": 8, "kv_heads": 4, "ffn": 96},
     "width by copies": {"hidden": 64, "heads": 8, "ffn": 50, "width": Width.direct},
-    "heads and neurons by copies": {"heads": 12, "ffn": 100, "width": Width.direct},
 }
 NO_BIAS = {
     "experts": {"experts": 4},
@@ -115,7 +113,7 @@ def grow_all(rank: int, world: int, name: str, directory: str, corpus: str) -> d
 @pytest.mark.parametrize("name", [slow_unless(name, "llama", "gpt, tied", SHARED) for name in MODELS])
 def test_operators_that_keep_the_function_keep_the_logits_on_real_text(ranks, corpus, tmp_path, name):
     (said,) = ranks.run(grow_all, name, str(tmp_path), str(corpus), init=False)
-    assert len(said) >= 3
+    assert len(said) >= 2
     for label, line in said.items():
         assert line.startswith("logits on 192 tokens of real text: "), line
         match = re.search(r"largest difference (\S+), KL \S+, loss (\S+) before and (\S+) after$", line)
@@ -148,10 +146,8 @@ def test_the_others_say_how_far_the_logits_move(ranks, corpus, tmp_path):
 
 
 OTHERS = (
-    {"layers": 8},
     {"layers": 8, "depth": Depth.interleave},
     {"hidden": 48, "width": Width.direct},
-    {"hidden": 48, "width": Width.random},
     {"experts": 4, "top_k": 1},
 )
 
@@ -328,6 +324,20 @@ def test_learning_needs_text(ranks, base, tmp_path):
         ranks.run(learn_without_text, str(tmp_path), init=False)
 
 
+def test_text_of_another_tokenizer_is_refused(ranks, corpus, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^data=.*: found 512 ids, expected at most 384, the rows of the embedding"
+    ):
+        ranks.run(judge_elsewhere, str(tmp_path), str(corpus), init=False)
+
+
+def judge_elsewhere(rank: int, world: int, directory: str, corpus: str) -> None:
+    from megafab.checkpoint.surgery.grow import grow
+
+    path = write_model(Path(directory) / "run", dataclasses.replace(LLAMA, vocab=384))
+    grow(path, Path(directory) / "to", GrowConfig(layers=8, data=corpus), print)
+
+
 def learn_without_text(rank: int, world: int, directory: str) -> None:
     grow_without_text(rank, world, directory, {"layers": 6, "depth": Depth.learned})
 
@@ -337,8 +347,7 @@ def learn_without_text(rank: int, world: int, directory: str) -> None:
 STARTS = {
     "alone": (1, []),
     "tensor 2 x pipeline 2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
-    "deepspeed, data 2": (2, ["engine=deepspeed", "engine.zero_stage=2"]),
-    "deepspeed, pipeline 2": (2, ["engine=deepspeed", "engine.zero_stage=1", "parallel.pipeline=2"]),
+    "deepspeed, pipeline 2": (2, ["engine=deepspeed", "engine.zero_stage=2", "parallel.pipeline=2"]),
 }
 DEEPER = "wider and deeper, moments too"
 GROWN = {

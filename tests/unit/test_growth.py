@@ -18,7 +18,9 @@ from megafab.checkpoint.reader import TensorInfo
 from megafab.checkpoint.surgery import advice, depth, upcycle
 from megafab.checkpoint.surgery.axes import Axis
 from megafab.checkpoint.surgery.grow import grow
+from megafab.checkpoint.surgery.learned import LearnedGrowth
 from megafab.checkpoint.surgery.maps import heads, maps, shares
+from megafab.checkpoint.surgery.origins import Origins
 from megafab.checkpoint.surgery.width import Widening
 from megafab.config.growth import grown, obstacles
 from megafab.config.tree import to_tree
@@ -114,6 +116,11 @@ REFUSED: dict[str, tuple[ModelConfig, dict[str, Any], str]] = {
         "split=1.0: found 1.0, expected between 0 and 1, both excluded. ",
     ),
     "noise": (MODEL, {**WIDE, "noise": 0.1}, "noise=0.1: found nothing that is copied, expected copies: "),
+    "noise, learned": (
+        MODEL,
+        {"layers": 6, "ffn": 20, "width": Width.learned, "noise": 0.1},
+        "noise=0.1: found nothing that is copied, ",
+    ),
     "no noise": (MODEL, {"layers": 6, "noise": 0.0}, "noise=0.0: found 0.0, expected more than 0. "),
     "seed": (MODEL, {"layers": 6, "seed": 3}, "seed=3: found nothing that is drawn, expected an operator t"),
     "steps": (MODEL, {"layers": 6, "steps": 3}, "steps=3: found no operator that learns, expected depth=le"),
@@ -373,6 +380,54 @@ def test_parts_of_a_layer_with_experts():
     assert upcycle.part("mlp.shared_experts.linear_fc1.weight") == upcycle.Part(None)
     assert upcycle.part("mlp.shared_experts.linear_fc2.weight") == upcycle.Part(None, silent=True)
     assert upcycle.part("mlp.linear_fc1.weight") == upcycle.Part("mlp.linear_fc1.weight")
+
+
+# -- learned maps --------------------------------------------------------------------------------------------
+
+
+def learned_of(model: ModelConfig, **config: Any) -> tuple[LearnedGrowth, Origins, dict[str, torch.Tensor]]:
+    """The maps as they begin, and random weights of the parent."""
+    parent, to = ModelShape.of(model), into(model, **config)
+    origins = Origins(parent, to, GrowConfig(**config), ids=IDS)
+    generator = torch.Generator().manual_seed(2)
+    weights = {n: torch.randn(s, generator=generator) for n, s in parameter_shapes(parent).items()}
+    return LearnedGrowth(origins, weights), origins, weights
+
+
+@pytest.mark.parametrize("model", [MODEL, dataclasses.replace(GPT, qk_norm=True)], ids=["llama", "gpt"])
+def test_maps_that_add_nothing_put_every_weight_where_zero_puts_it(model: ModelConfig):
+    sizes = {"hidden": 12, "heads": 8, "kv_heads": 4, "ffn": 14}
+    learned, origins, weights = learned_of(model, **sizes, width=Width.learned)
+    with torch.no_grad():
+        for matrix in learned.maps.values():
+            matrix.copy_(torch.eye(*matrix.shape))
+        found = learned.weights()
+    placed = Widening(ModelShape.of(model), origins.grown, Width.zero, split=0.4, ids=None)
+    assert set(learned.maps) == {"hidden", "query", "key", "value", "output", "ffn"}
+    assert found.keys() == origins.shapes.keys()
+    for name, tensor in found.items():
+        assert tensor.shape == origins.shapes[name]
+        if "norm" not in name and "linear_qkv" not in name:  # which zero corrects
+            assert torch.equal(tensor, placed.moment(name, weights[name], second=False)), name
+    head = found["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert torch.equal(
+        head[: 4 * 2][:, :8], weights["decoder.layers.0.self_attention.linear_qkv.weight"][: 4 * 2]
+    )
+    assert not head[-4 * 2 :].any()
+
+
+def test_maps_begin_as_the_identity_above_draws_and_mixtures_as_stacking():
+    learned, _, weights = learned_of(MODEL, layers=6, depth=Depth.learned, ffn=500, width=Width.learned)
+    matrix = learned.maps["ffn"]
+    assert torch.equal(matrix[:12], torch.eye(12))
+    assert float(matrix[12:].detach().std()) == pytest.approx(500**-0.5, rel=0.05)
+    with torch.no_grad():
+        learned.mixtures["self_attention/linear_proj/weight"][5] = torch.tensor([2.0, 0.0, -1.0])
+        found = learned.weights()
+    name = "decoder.layers.{}.self_attention.linear_proj.weight"
+    assert torch.equal(found[name.format(4)], weights[name.format(1)])
+    by_hand = 2 * weights[name.format(0)] - weights[name.format(2)]
+    assert torch.allclose(found[name.format(5)], by_hand)
 
 
 # -- advice --------------------------------------------------------------------------------------------------

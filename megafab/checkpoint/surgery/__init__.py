@@ -1,1 +1,1 @@
-"""Models that become others: a checkpoint in, a checkpoint of a larger model out."""
+"""Models that become others: a checkpoint in, a checkpoint of another model out."""

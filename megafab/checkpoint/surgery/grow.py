@@ -26,6 +26,7 @@ from megafab.config import growth
 from megafab.config.overrides import model_overrides
 from megafab.config.schema import RunConfig
 from megafab.config.tree import build, to_tree
+from megafab.data.format import Corpus
 from megafab.errors import UserError
 from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
@@ -40,6 +41,7 @@ def grow(path: Path, to: Path, config: GrowConfig, message: Say) -> Path:
     """Make the checkpoint of the model that the one at `path` grows into; returns it.
 
     Memory: a few tensors. The judge holds one model at a time, a learned operator both and their gradients.
+    Both make a job of one rank and end it: call this on one process, outside any other job.
 
     Args:
         path: a step directory.
@@ -62,26 +64,26 @@ def grow(path: Path, to: Path, config: GrowConfig, message: Say) -> Path:
     if config.judge:
         fix = "set judge=false, or grow on a larger machine"
         judge.require_memory("judge=true", 4 * grown.parameters, "to run the models", fix)
-    corpus, missing = None, ""
-    if config.judge or growth.learns(config):
-        corpus, missing = judge.corpus(config.data, reader.state)
-    weights: Mapping[str, torch.Tensor] = {}
-    if growth.learns(config):
-        if corpus is None:
-            raise UserError("a learned operator", missing, "text to learn from", "name a corpus: data=DIR")
-        run = replace(_run(reader), model=model)
-        weights = learned.learn(run, origins, reader, config, corpus, message)
-    making = _Making(reader, origins, weights, moments=config.optimizer is Moments.copy)
+    corpus, missing = _corpus(reader, parent, config)
+    before, after = _run(reader), replace(_run(reader), model=model)
     state = _state(reader, parent, grown, config, ids)
     with writer.fresh_directory(to) as draft:
+        weights: Mapping[str, torch.Tensor] = {}
+        if growth.learns(config):
+            if corpus is None:
+                raise UserError(
+                    "a learned operator", missing, "text to learn from", "name a corpus: data=DIR"
+                )
+            weights = learned.learn(after, origins, reader, config, corpus, message)
+        making = _Making(reader, origins, weights, moments=config.optimizer is Moments.copy)
         made = writer.write(draft, state["progress"]["step"], making.tensors, making.band, state)
         making.close()
         if config.judge:
-            text = judge.text(corpus, seq_len=grown.config.seq_len, vocab=ids)
-            what = text[1] + (f", for there is no text: {missing}" if corpus is None else "")
-            before = judge.logits(_run(reader), path, text[0], parent.vocab)
-            after = judge.logits(replace(_run(reader), model=model), made, text[0], grown.vocab)
-            _hold(before, after, text[0], what, ids, config, message)
+            tokens, what = judge.text(corpus, seq_len=model.seq_len, vocab=ids)
+            what += f", for there is no text: {missing}" if corpus is None else ""
+            small = judge.logits(before, path, tokens, parent.vocab)
+            large = judge.logits(after, made, tokens, grown.vocab)
+            _hold(small[..., :ids], large, tokens, what, config, message)
         else:
             message("judge=false: the logits were not compared")
     checkpoint = to / made.relative_to(draft)
@@ -89,7 +91,7 @@ def grow(path: Path, to: Path, config: GrowConfig, message: Say) -> Path:
     message(f"{checkpoint}: {grown.parameters:,} parameters, {how}. To begin a run with it:")
     other = " checkpoint.allow_data_change=true" if config.vocab is not None else ""
     overrides = " ".join(model_overrides(model))
-    message(f"megafab train checkpoint.resume={checkpoint} {overrides} data.path=DIR{other}")
+    message(f"megafab train start.checkpoint={checkpoint} {overrides} data.path=DIR{other}")
     return checkpoint
 
 
@@ -97,6 +99,17 @@ def sizes(reader: Reader) -> tuple[ModelShape, int]:
     """The sizes of a checkpoint's model, and the ids of its tokenizer (all rows, where it names none)."""
     rows = reader.weights["embedding.word_embeddings.weight"].shape[0]
     return ModelShape.of(_run(reader).model, rows), reader.state["data"].get("vocab_size", rows)
+
+
+def _corpus(reader: Reader, parent: ModelShape, config: GrowConfig) -> tuple[Corpus | None, str]:
+    """Text to judge on and to learn from; None and the reason, where there is none or none is asked for."""
+    if not (config.judge or growth.learns(config)):
+        return None, "judge=false"
+    corpus, missing = judge.corpus(config.data, reader.state)
+    if corpus is not None and corpus.vocab_size > parent.vocab:
+        found, expected = f"{corpus.vocab_size:,} ids", f"at most {parent.vocab:,}, the rows of the embedding"
+        raise UserError(f"data={corpus.path}", found, expected, "name a corpus of the model's tokenizer")
+    return corpus, missing
 
 
 def _run(reader: Reader) -> RunConfig:
@@ -193,17 +206,19 @@ def _state(
 
 
 def _hold(
-    before: torch.Tensor,
-    after: torch.Tensor,
+    small: torch.Tensor,
+    large: torch.Tensor,
     tokens: torch.Tensor,
     what: str,
-    ids: int,
     config: GrowConfig,
     message: Say,
 ) -> None:
-    """Hold the claim to what the logits [rows, length, V] of the ids that both models have do on `tokens`."""
-    found = judge.compare(before[..., :ids], after[..., :ids])
-    losses = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in (before, after)]
+    """Tell what the logits [rows, length, V] of both models do on `tokens`, and hold the claim to it.
+
+    Where the vocabulary has grown, the logits of the ids that `small` has are compared.
+    """
+    found = judge.compare(small, large[..., : small.shape[-1]])
+    losses = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in (small, large)]
     message(
         f"logits on {tokens.numel()} tokens of {what}: largest difference {found.max_abs:.2e}, "
         f"KL {found.kl:.2e}, loss {losses[0]:.4f} before and {losses[1]:.4f} after"
