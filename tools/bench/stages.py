@@ -280,7 +280,7 @@ def continual(trainings: Trainings, steps: int) -> dict[str, Any]:
                 "case": name,
                 "english": mean([loss_of(run) for run in runs]),
                 "german": mean([loss_of(run, "german") for run in runs]),
-                "worst_english": mean([max(run.known("valid_domain_loss/english")[1:]) for run in runs]),
+                "worst_english": mean([max(run.known("valid_domain_loss/english")) for run in runs]),
             }
         )
     begun_with = {name: mean([loss_of(run, name) for run in before]) for name in SOURCES}
