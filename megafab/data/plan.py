@@ -16,8 +16,6 @@ from megafab.data.format import Corpus
 class Column(Protocol):
     """Values that lie beside the tokens of the training split, one for each position."""
 
-    fingerprint: str  # of the values: resuming with others is refused
-
     def read(self, domain: int, start: int, count: int) -> np.ndarray:
         """The values [N] of positions `start:start + count` of a domain's token stream.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megafab.data.scores import Scores
+from megafab.errors import UserError
 from megafab.loss.ledger import LedgerReport
 from megafab.loss.terms import LossTerms
 from megafab.run import Batch
@@ -41,7 +42,27 @@ class TokenSelection(Technique):
 
     def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
         """Has the reference's losses read with every sequence."""
-        plan.data.columns[COLUMN] = Scores.open(self.config.reference, plan.data.corpus)
+        scores = Scores.open(self.config.reference, plan.data.corpus)
+        plan.data.columns[COLUMN] = scores
+        self._fingerprint = scores.fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which losses of the reference."""
+        return {"scores": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The losses must be the same.
+
+        Raises:
+            UserError: they were made anew, with another reference.
+        """
+        if state["scores"] != self._fingerprint:
+            raise UserError(
+                f"techniques.token_selection.reference={self.config.reference}",
+                f"other scores ({self._fingerprint[:12]}) than the run began with ({state['scores'][:12]})",
+                "the same ones, for the resumed run to equal the unbroken one",
+                "name those, or begin a new run.dir",
+            )
 
     def on_build(self, stages: Sequence[torch.nn.Module], clock: Clock) -> None:
         """Keeps the clock, for the step's number."""

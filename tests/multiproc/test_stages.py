@@ -17,8 +17,12 @@ from training import SHORT_RUN, SMALL_MODEL, rows
 
 from megafab.checkpoint import store
 from megafab.checkpoint.reader import Reader
+from megafab.config import rules
+from megafab.config.load import config_directory, load
+from megafab.config.stages import check_all, of
 
 ROOT = Path(__file__).parents[2]
+CONF = config_directory()
 SMALL_STEPS, GROWN_STEPS = 8, 12
 RECIPE = (
     "recipe=stacking",
@@ -197,6 +201,16 @@ def test_a_damaged_parent_is_not_built_upon(corpus: Path, unbroken: Path, tmp_pa
     assert broken.process.wait(timeout=120) == 2
     assert f"tensors/{file.name}: XXH3" in broken.log.read_text()
     assert not (tmp_path / "training" / "stacked" / "start").exists()
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("recipe/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_passes_the_rules(corpus: Path, path: Path):
+    command = [f"recipe={path.stem}", f"data.path={corpus}", "launch.ranks=4"]
+    stages = of(command)
+    check_all(stages)
+    if not stages:
+        config = load(command)
+        rules.check_all(config, ranks=4, corpus=rules.corpus_facts(config))
 
 
 def test_one_report_over_all_stages(unbroken: Path, tmp_path: Path):

@@ -250,8 +250,6 @@ def test_replayed_domains_have_their_share_exactly_and_keep_their_order(corpus: 
 class Positions:
     """A column whose values say where they come from."""
 
-    fingerprint = "positions"
-
     def read(self, domain: int, start: int, count: int) -> np.ndarray:
         return 1000.0 * domain + np.arange(start, start + count)
 

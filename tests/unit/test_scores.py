@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from corpora import counting_documents, write_corpus
 
 from megafab.data.format import Corpus
+from megafab.data.plan import DataPlan
 from megafab.data.scores import Scores, ScoresWriter
 from megafab.errors import UserError
+from megafab.techniques.base import RunPlan
+from megafab.techniques.config import TokenSelectionConfig
+from megafab.techniques.token_selection import TokenSelection
 
 
 @pytest.fixture
@@ -54,6 +59,26 @@ def test_the_fingerprint_is_of_the_values(corpus: Corpus) -> None:
     other = finish(writer)
     assert other.fingerprint != written(corpus).fingerprint
     assert written(corpus, "again").fingerprint == written(corpus).fingerprint
+
+
+def selecting_by(reference: str, corpus: Corpus) -> TokenSelection:
+    technique = TokenSelection(TokenSelectionConfig(reference), cast(Any, None))
+    technique.on_plan(RunPlan(cast(Any, None), DataPlan(corpus)), cast(Any, None))
+    return technique
+
+
+def test_a_resume_with_other_scores_is_refused(corpus: Corpus) -> None:
+    written(corpus)
+    written(corpus, "again")
+    state = selecting_by("ref", corpus).state_dict()
+    selecting_by("again", corpus).load_state_dict(state)  # of the same values
+    writer = ScoresWriter(corpus.path / "scores" / "other", corpus)
+    writer.create()
+    finish(writer)
+    with pytest.raises(
+        UserError, match=r"token_selection\.reference=other: found other scores \(.*than the run"
+    ):
+        selecting_by("other", corpus).load_state_dict(state)
 
 
 def test_what_is_not_finished_or_not_of_this_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
