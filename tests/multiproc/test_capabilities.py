@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 from megafab.engine.capabilities import MODES, Feature, Mode
 from megafab.engine.config import EngineName, Offload
@@ -77,18 +77,15 @@ def parts(mode: Mode) -> Iterator[frozenset[Feature]]:
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory) -> Run:
+def run(trained) -> Run:
     """The rows of a run; the same run is trained once."""
     cache: dict[tuple[Any, ...], Rows] = {}
 
     def run(world: int, *overrides: str) -> Rows:
         key = world, *overrides
         if key not in cache:
-            directory = tmp_path_factory.mktemp("run")
             fixed = [*SMALL_MODEL, *SHORT_RUN, *SMALLER, f"optim.clip={CLIP}"]
-            arguments = [*fixed, f"data.path={corpus}", f"run.dir={directory}", *overrides]
-            assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
-            cache[key] = rows(directory)
+            cache[key] = rows(trained(world, *fixed, *overrides))
         return cache[key]
 
     return run

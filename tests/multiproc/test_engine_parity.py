@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 MOE = ("model.moe.experts=4", "model.moe.shared_ffn=64", "model.moe.z_loss=0.001")
 GPT = (
@@ -58,16 +58,9 @@ GPT_LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory):
-    """Train in a fresh run directory; the rows of its metrics."""
-
-    def run(world, *overrides):
-        directory = tmp_path_factory.mktemp("run")
-        arguments = [*SMALL_MODEL, *SHORT_RUN, f"data.path={corpus}", f"run.dir={directory}", *overrides]
-        assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
-        return rows(directory)
-
-    return run
+def run(trained):
+    """Train; the rows of its metrics."""
+    return lambda world, *overrides: rows(trained(world, *SMALL_MODEL, *SHORT_RUN, *overrides))
 
 
 @pytest.fixture(scope="module")

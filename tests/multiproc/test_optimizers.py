@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 from megafab.errors import UserError
 
@@ -47,16 +47,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory):
-    """Train in a fresh run directory; that directory."""
-
-    def run(world, *overrides):
-        directory = tmp_path_factory.mktemp("run")
-        arguments = [*RUN, f"data.path={corpus}", f"run.dir={directory}", *overrides]
-        assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
-        return directory
-
-    return run
+def run(trained):
+    """Train; the run directory."""
+    return lambda world, *overrides: trained(world, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")

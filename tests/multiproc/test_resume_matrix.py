@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 HALF, STEPS = 10, 20
 RUN = (
@@ -94,16 +94,12 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory) -> Train:
+def run(trained) -> Train:
     """Train a model with an engine at a layout; its run directory."""
 
     def run(model: str, engine: str, layout: str, *more: str) -> Path:
-        directory = tmp_path_factory.mktemp("run")
         world, axes = LAYOUTS[layout]
-        overrides = [*RUN, *MODELS[model], *ENGINES[engine], *axes, *more]
-        overrides += [f"data.path={corpus}", f"run.dir={directory}"]
-        assert ranks.run(train, overrides, world=world, init=False, timeout=240) == [0] * world
-        return directory
+        return trained(world, *RUN, *MODELS[model], *ENGINES[engine], *axes, *more)
 
     return run
 

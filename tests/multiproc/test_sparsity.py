@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 from launch import cli
 from megafab.checkpoint.reader import Reader
@@ -41,16 +41,9 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory) -> Run:
-    """Train in a fresh run directory; that directory."""
-
-    def run(world: int, *overrides: str) -> Path:
-        directory = tmp_path_factory.mktemp("run")
-        arguments = [*RUN, f"data.path={corpus}", f"run.dir={directory}", *overrides]
-        assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
-        return directory
-
-    return run
+def run(trained) -> Run:
+    """Train; the run directory."""
+    return lambda world, *overrides: trained(world, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows, train
+from training import SHORT_RUN, SMALL_MODEL, rows
 
 STEPS = 6
 DROPPING = (
@@ -54,14 +54,11 @@ Train = Callable[..., Rows]
 
 
 @pytest.fixture(scope="module")
-def run(ranks, corpus, tmp_path_factory) -> Train:
-    """Train in a fresh run directory; the rows of its metrics."""
+def run(trained) -> Train:
+    """Train; the rows of its metrics."""
 
     def run(world: int, *overrides: str, technique: tuple[str, ...] = DROPPING) -> Rows:
-        directory = tmp_path_factory.mktemp("run")
-        arguments = [*RUN, *technique, f"data.path={corpus}", f"run.dir={directory}", *overrides]
-        assert ranks.run(train, arguments, world=world, init=False, timeout=240) == [0] * world
-        return rows(directory)
+        return rows(trained(world, *RUN, *technique, *overrides))
 
     return run
 

@@ -292,7 +292,8 @@ def compare(
         return found
 
     first = one("reference", (), 0)
-    _prepare(corpus, scratch / f"{prefix}reference-0".replace(" ", "_"))
+    if not only:  # else no case reads what is made here
+        _prepare(corpus, scratch / f"{prefix}reference-0".replace(" ", "_"))
     wanted = {n: o for n, o in cases(steps, first["domains"]).items() if not only or n in only}
     pairs = [(name, seed) for seed in range(1, seeds + 1) for name in wanted]
     with ThreadPoolExecutor(2) as pool:
