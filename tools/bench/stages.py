@@ -37,7 +37,7 @@ from megafab.telemetry.logged import LoggedRun, load_runs
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"english": "books", "german": "german"}
 BYTES = 4_000_000  # of text of each language
-SEQ_LEN, BATCH = 128, 16
+SEQ_LEN, BATCH = 128, 8
 COMMON = (
     *("model.hidden=128", "model.heads=4", f"model.seq_len={SEQ_LEN}"),
     *(
@@ -55,8 +55,8 @@ REPLAY = ("technique=[replay]", "techniques.replay.domains=[english]")
 BOTH = "data.mixture={english: 1, german: 1}"
 
 
-def build_corpus(corpora: Path, scratch: Path) -> Path:
-    """Both languages, a twentieth held out, with an index of difficulty."""
+def build_corpora(corpora: Path, scratch: Path) -> None:
+    """`english` and `both` below `scratch`, a twentieth held out; the latter with an index of difficulty."""
     sources = {}
     for name, file in SOURCES.items():
         path, left = scratch / f"{name}.jsonl", BYTES
@@ -66,12 +66,11 @@ def build_corpus(corpora: Path, scratch: Path) -> Path:
                 left -= len(line)
                 if left < 0:
                     break
-        sources[name] = str(path)
-    corpus = scratch / "corpus"
-    given = "sources={" + ", ".join(f"{name}: {path}" for name, path in sources.items()) + "}"
-    megafab("data", f"out={corpus}", "tokenizer.vocab=2048", "valid_fraction=0.05", given)
-    megafab("data", "difficulty", f"path={corpus}", "metric=rarity", f"seq_len={SEQ_LEN}")
-    return corpus
+        sources[name] = f"{name}: {path}"
+    for corpus, given in (("english", [sources["english"]]), ("both", sources.values())):
+        settings = ("tokenizer.vocab=2048", "valid_fraction=0.05")
+        megafab("data", f"out={scratch / corpus}", *settings, f"sources={{{', '.join(given)}}}")
+    megafab("data", "difficulty", f"path={scratch / 'both'}", "metric=rarity", f"seq_len={SEQ_LEN}")
 
 
 def megafab(*arguments: str) -> None:
@@ -90,19 +89,19 @@ def megafab(*arguments: str) -> None:
 class Trainings:
     """Runs of the bench, two at a time, each in a directory of its own that stays for later ones."""
 
-    def __init__(self, corpus: Path, scratch: Path, seeds: int) -> None:
-        self._corpus, self._scratch, self.seeds = corpus, scratch, range(1, seeds + 1)
+    def __init__(self, scratch: Path, seeds: int) -> None:
+        self._scratch, self.seeds = scratch, range(1, seeds + 1)
 
     def place(self, name: str, seed: int) -> Path:
         """The run directory of a case."""
         return self._scratch / "runs" / f"{name}-{seed}"
 
-    def run(self, cases: Mapping[str, Callable[[int], Sequence[str]]]) -> None:
-        """Train every case with every seed."""
+    def run(self, corpus: str, cases: Mapping[str, Callable[[int], Sequence[str]]]) -> None:
+        """Train every case with every seed on one of the corpora."""
 
         def one(name: str, seed: int) -> None:
-            common = (f"data.path={self._corpus}", f"train.seed={seed}", f"run.dir={self.place(name, seed)}")
-            megafab("train", *cases[name](seed), *common)
+            place = (f"data.path={self._scratch / corpus}", f"run.dir={self.place(name, seed)}")
+            megafab("train", *cases[name](seed), f"train.seed={seed}", *place)
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
 
         with ThreadPoolExecutor(2) as pool:
@@ -125,19 +124,19 @@ def loss_of(run: LoggedRun, domain: str = "english") -> float:
 
 def stacking(trainings: Trainings, steps: int) -> dict[str, Any]:
     """Tokens and FLOPs to the loss of the run from scratch."""
-    english = "data.mixture={english: 1}"
     trainings.run(
+        "english",
         {
             "scratch": lambda seed: (
-                *("model=llama_tiny", *LLAMA, english),
+                *("model=llama_tiny", *LLAMA),
                 *(f"model.layers={LAYERS}", f"train.steps={steps}"),
             ),
             "stacked": lambda seed: (
-                *("recipe=stacking", *LLAMA, english, f"stages.small.model.layers={SMALL}"),
+                *("recipe=stacking", *LLAMA, f"stages.small.model.layers={SMALL}"),
                 *(f"stages.stacked.grow.layers={LAYERS}", f"stages.small.train.steps={steps // 3}"),
                 f"stages.stacked.train.steps={steps}",
             ),
-        }
+        },
     )
     rows = []
     for seed in trainings.seeds:
@@ -164,7 +163,7 @@ def stacking(trainings: Trainings, steps: int) -> dict[str, Any]:
 def sparse(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
     """The loss of dense, sparse and pruned models in as many steps."""
     dense_steps = steps // 5
-    base = ("model.layers=4", "data.mixture={english: 1}", *COMMON)
+    base = ("model.layers=4", *COMMON)
     ends = (f"stages.sparse.train.steps={steps - dense_steps}", f"stages.dense.train.steps={dense_steps}")
     static = "stages.sparse.techniques.static_sparsity"
     cases: dict[str, Callable[[int], Sequence[str]]] = {
@@ -186,7 +185,7 @@ def sparse(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
             for share in (0.5, 0.75)
         },
     }
-    trainings.run(cases)
+    trainings.run("english", cases)
     rows = []
     for name in cases:
         runs = [trainings.last(name, seed) for seed in trainings.seeds]
@@ -206,10 +205,11 @@ def sparse(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
 
 def infinite(trainings: Trainings, steps: int) -> dict[str, Any]:
     """The infinite schedule's anneal beside a cosine."""
-    base = ("model.layers=4", "data.mixture={english: 1}", *LLAMA)
+    base = ("model.layers=4", *LLAMA)
     peak, anneal = 3e-3, steps // 5
     constant = 0.55 * peak
     trainings.run(
+        "english",
         {
             "cosine": lambda seed: ("model=llama_tiny", *base, f"train.steps={steps}"),
             "infinite": lambda seed: (
@@ -219,7 +219,7 @@ def infinite(trainings: Trainings, steps: int) -> dict[str, Any]:
                 *(f"stages.anneal.schedule.decay={anneal - 1}", f"stages.onward.optim.lr={constant}"),
                 f"stages.onward.train.steps={anneal}",
             ),
-        }
+        },
     )
     runs = [trainings.last("infinite", seed) for seed in trainings.seeds]
     return {
@@ -238,7 +238,9 @@ def continual(trainings: Trainings, steps: int) -> dict[str, Any]:
     base = ("model=llama_tiny", "model.layers=4", *LLAMA)
     plain = [override for override in base if not override.startswith("schedule")]
     low = ("optim.lr=3e-4", "schedule=constant", "schedule.warmup=0")
-    trainings.run({"english": lambda seed: (*base, "data.mixture={english: 1}", f"train.steps={steps}")})
+    trainings.run(
+        "both", {"english": lambda seed: (*base, "data.mixture={english: 1}", f"train.steps={steps}")}
+    )
 
     def begun(*overrides: str) -> Callable[[int], Sequence[str]]:
         return lambda seed: (
@@ -270,7 +272,7 @@ def continual(trainings: Trainings, steps: int) -> dict[str, Any]:
         "re-warmed, replay 25%, easiest fifth": begun(*rewarmed, *easiest),
         "union from scratch": lambda seed: (*base, BOTH, f"train.steps={2 * steps}"),
     }
-    trainings.run(cases)
+    trainings.run("both", cases)
     before = [trainings.last("english", seed)[0] for seed in trainings.seeds]
     rows = []
     for name in cases:
@@ -298,8 +300,8 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as directory:
-        corpus = build_corpus(options.corpora, Path(directory))
-        trainings = Trainings(corpus, Path(directory), options.seeds)
+        build_corpora(options.corpora, Path(directory))
+        trainings = Trainings(Path(directory), options.seeds)
         for name in options.only:
             result[name] = {
                 "command": f"python tools/bench/stages.py --corpora DIR --steps {options.steps} "
