@@ -157,7 +157,12 @@ def test_one_rank_decides_as_it_was_told(alone):
     assert len(set(decisions.weights.values())) > 20
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+FAST = ("tensor2", "data2", "ZeRO 2, data2", "ZeRO 3, data2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_decisions_do_not_depend_on_layout_or_engine(run, alone, layout: str):
     world, overrides = LAYOUTS[layout]
     assert_same(run(world, *overrides)[0], alone[0])

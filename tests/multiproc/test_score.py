@@ -109,6 +109,7 @@ def finished(path: Path) -> Iterator[int]:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_attempt_goes_on(reference):
     corpus, run_dir = reference
     arguments = [f"checkpoint={run_dir}", "name=killed", "micro_batch=2"]
