@@ -132,7 +132,8 @@ def _grow(settings: config.GrowVerbConfig, path: Path) -> int:
             print(line)
     else:
         assert settings.to is not None  # config.check
-        grow.grow(_newest(path), Path(settings.to), settings, print)
+        made = grow.grow(_newest(path), Path(settings.to), settings, print)
+        print(f"To begin a run with it: {grow.command(made)}")
     return 0
 
 

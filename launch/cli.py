@@ -11,7 +11,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,13 @@ USAGE = "megafab VERB [key=value ...] [--help] [--cfg job]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    return guarded(_run, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """`run(argv)`, with what the user can mend printed as one line."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return run(argv)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
@@ -130,10 +135,12 @@ def _show_config(verb: Verb, arguments: list[str]) -> int:
         raise ConfigError("--cfg", found, "job, the one configuration there is", "--cfg job")
     overrides = arguments[:at] + arguments[at + 2 :]
     if verb.config == "train":
+        from launch.train import split_stage
         from megafab.config import stages
 
+        chosen, overrides = split_stage(overrides)
         declared = stages.of(overrides)
-        for stage in declared:
+        for stage in declared if chosen is None else [stages.named(declared, chosen)]:
             print(f"# stage {stage.name}\n{load.resolved_yaml(stage.config)}---", flush=True)
         stages.check_all(declared)
         if declared:

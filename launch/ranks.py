@@ -47,6 +47,11 @@ def is_joining(env: Mapping[str, str] = os.environ) -> bool:
     return _started_as(env) is not None
 
 
+def is_launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether `start` started this process."""
+    return LAUNCHED in env
+
+
 def rank_environment(env: MutableMapping[str, str] = os.environ) -> RankEnvironment:
     """This process' place, and in `env` what torch.distributed's `env://` needs to meet the others.
 

@@ -10,17 +10,18 @@ import fcntl
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from launch import ranks as local
+from launch.operation import operate
 from megafab import stages as staged
 from megafab.config import load, rules
 from megafab.config import stages as declared
 from megafab.config.schema import RunConfig
 from megafab.config.stages import Stage
-from megafab.config.tree import did_you_mean
 from megafab.errors import ConfigError
 
 _STAGE = "stage="
@@ -29,48 +30,55 @@ _COMMAND = (sys.executable, "-m", "launch.cli", "train")
 
 def main(overrides: list[str]) -> int:
     """Train as `overrides` say; returns the exit code."""
-    chosen = [text for text in overrides if text.startswith(_STAGE)]
-    rest = [text for text in overrides if not text.startswith(_STAGE)]
+    name, rest = split_stage(overrides)
     stages = declared.of(rest)
-    if not stages and not chosen:
+    if name is None and not stages:
         return _train(load.load(rest), rest)
-    declared.check_all(stages)
-    if not chosen and not local.is_joining():
+    if name is None and not local.is_joining():
+        declared.check_all(stages)
         return _train_stages(stages, rest)
-    stage = _chosen(stages, chosen)
-    if local.rank_environment().rank == 0:
-        _make_run_directory(Path(stage.config.run.dir))
-        staged.prepare(stage, stages, print)
-    return _train(stage.config, overrides)
+    stage = declared.named(stages, name)
+    declared.check_inheritance(stages)
+    if local.rank_environment().rank == 0 and not local.is_launched():
+        _prepare(stage, stages)
+    while not staged.is_prepared(stage):  # by rank 0; whoever started the ranks ends them should it fail
+        time.sleep(0.5)
+    return _train(staged.started(stage, stages), overrides)
 
 
-def _chosen(stages: Sequence[Stage], chosen: Sequence[str]) -> Stage:
-    names = [stage.name for stage in stages]
-    name = chosen[-1].removeprefix(_STAGE) if chosen else None
-    if name not in names:
-        where, found = (chosen[-1], f"no stage {name}") if chosen else ("stage", "no choice")
-        expected = f"one of {', '.join(names)}" if names else "a recipe that has stages"
-        fix = did_you_mean(name or "", names) or (f"add stage={names[0]}" if names else "leave it out")
-        raise ConfigError(where, found, expected, fix)
-    return stages[names.index(name)]
+def split_stage(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The name in `stage=NAME`, if any, and the other overrides."""
+    chosen = [text for text in overrides if text.startswith(_STAGE)]
+    if len(chosen) > 1:
+        raise ConfigError(" ".join(chosen), f"{len(chosen)} stages", "one", "choose one stage")
+    rest = [text for text in overrides if not text.startswith(_STAGE)]
+    return (chosen[0].removeprefix(_STAGE) if chosen else None), rest
 
 
 def _train_stages(stages: Sequence[Stage], overrides: Sequence[str]) -> int:
     """What is left of the stages, each on ranks of its own."""
-
     heard: list[int] = []
 
     def train(stage: Stage) -> int:
-        run_dir, launch = Path(stage.config.run.dir), stage.config.launch
-        _make_run_directory(run_dir)
-        staged.prepare(stage, stages, print)
+        _prepare(stage, stages)
         command = [*_COMMAND, *overrides, f"{_STAGE}{stage.name}"]
+        run_dir, launch = Path(stage.config.run.dir), stage.config.launch
         return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads, heard=heard)
 
     root = Path(stages[0].config.run.dir).parent
     _make_run_directory(root)
     with alone(root):
-        return staged.run(stages, root, train, lambda: bool(heard), lambda text: print(text, flush=True))
+        return staged.run(stages, train, lambda: bool(heard), lambda text: print(text, flush=True))
+
+
+def _prepare(stage: Stage, stages: Sequence[Stage]) -> None:
+    """What the stage begins with, made while nobody else works in its directory."""
+    for other in stages:
+        staged.is_done(other, stages)  # or says what changed under the others
+    run_dir = Path(stage.config.run.dir)
+    _make_run_directory(run_dir)
+    with alone(run_dir):
+        staged.prepare(stage, stages, operate)
 
 
 def _train(config: RunConfig, overrides: Sequence[str]) -> int:

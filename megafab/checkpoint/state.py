@@ -208,6 +208,8 @@ class Checkpoints:
             path = self._intact(self._team.one(lambda: store.locate(where, key="start.checkpoint")))
             state = self._team.one(lambda: store.read_state(path))
             return self._begin(path, state, self._start, f"start.checkpoint={where} ({path})")
+        if self._start.checkpoint is not None:
+            self._team.one(lambda: self._require_own_start(path))
         where = f"checkpoint.resume={self._config.resume} ({path})"
         state = self._team.one(lambda: store.read_state(path))
         if state["weights_only"]:
@@ -369,15 +371,16 @@ class Checkpoints:
         kept = start.optimizer is Carry.keep
         if kept:
             self._require_same_optimizer(path, where)
-        if start.data is Carry.keep and not state["data"]:
-            expected, fix = "the checkpoint of a run that has read data", "start.data=reset"
-            raise UserError(f"start.data=keep, {where}", "a checkpoint of weights alone", expected, fix)
+        if start.data is Carry.keep:
+            self._require_place(state, where)
         masking = self._masking(path, where)
         told = f", masks of {', '.join(masking)}" if masking else ""
         self._message(
             f"starting from {path}: optimizer {start.optimizer.value}, place in the data "
             f"{start.data.value}{told}"
         )
+        if start.data is Carry.keep:
+            changed = identity.differences(state["data"], self._data)
         if changed:
             self._message(f"the data changed: {'; '.join(changed)}")
         if masking:
@@ -402,6 +405,39 @@ class Checkpoints:
         progress = Progress(before=parent.totals)
         self._message(self._rates(state["config"], parent, progress))
         return progress
+
+    def _require_place(self, state: Mapping[str, Any], where: str) -> None:
+        """There is a domain that can be read on from where it was."""
+        found = "a checkpoint of weights alone"
+        if state["data"]:
+            there = identity.carried_on(
+                state["loader"], self._loader.state_dict(), state["data"], self._data
+            )["counts"]
+            if any(there.values()) or not any(state["loader"]["counts"].values()):
+                return
+            found = f"other windows: {'; '.join(identity.differences(state['data'], self._data))}"
+        expected, fix = "a domain that is read on from where it was, in the same order", "start.data=reset"
+        raise UserError(f"start.data=keep, {where}", found, expected, fix)
+
+    def _require_own_start(self, own: Path) -> None:
+        """A run that has begun with `start.checkpoint` does not begin with another.
+
+        Where that is gone, or damaged since, the run goes on with what it has.
+        """
+        where = Path(str(self._start.checkpoint))
+        try:
+            sources = [store.read_state(path)["written_at"] for path in store.locate(where)]
+            lineage = {entry["written_at"] for entry in store.read_state(own)["lineage"]}
+        except (UserError, OSError, ValueError, LookupError):
+            self._message(f"start.checkpoint={where} cannot be read any more: the run goes on with its own")
+            return
+        if not lineage & set(sources):
+            raise UserError(
+                f"start.checkpoint={where}, run.dir={self._run_dir}",
+                f"a run there already that did not begin with it, {own.name} its last checkpoint",
+                "the checkpoint that the run began with",
+                "leave start.checkpoint as it was, or give run.dir another place",
+            )
 
     def _remember(self, path: Path, state: Mapping[str, Any], named: bool) -> None:
         """Where the weights come from: every checkpoint that was named, not those of a run that went on."""
@@ -437,7 +473,9 @@ class Checkpoints:
         if saved != kept:
             raise UserError(
                 where,
-                f"{', '.join(saved)} of each parameter, as another optimizer keeps them",
+                "a checkpoint of weights alone"
+                if saved == ["weight"]
+                else f"{', '.join(saved)} of each parameter, as another optimizer keeps them",
                 f"{', '.join(kept)}, as optim.name={self._resolved['optim']['name']} does",
                 "take the optimizer that the checkpoint was written with, or begin a new run.dir with "
                 "start.optimizer=reset",

@@ -35,6 +35,7 @@ from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import Position
 from megafab.model.shape import ModelShape
 from megafab.optim.config import WHOLE_MATRICES, Count, Fall, OptimName, ScheduleKind
+from megafab.optim.schedules import warmup_steps
 from megafab.topology.config import ContextMethod
 
 RULES: list[Rule] = []
@@ -618,12 +619,20 @@ def _schedule_length(facts: Facts) -> Iterator[Violation]:
     if not all(math.isfinite(length) for _, _, length in phases):
         return  # `range` says so
     lengths = [round(length * total) if length < 1 else round(length) for _, _, length in phases]
-    lengths[0] = max(1, lengths[0])  # as the schedule has it
+    lengths[0] = warmup_steps(schedule, total)
     if sum(lengths) > total:
         where = " ".join(f"{key}={length:g}" for _, key, length in phases)
         found = " and ".join(f"{n} steps of {name}" for n, (name, _, _) in zip(lengths, phases, strict=True))
         fix = "shorten them, or give them as shares of the run (below 1)"
         yield Violation(where, found, f"no more than the run's {total} steps", fix)
+
+
+@rule("start-ratio")
+def _start_ratio(facts: Facts) -> Iterator[Violation]:
+    schedule = facts.config.schedule
+    if schedule.start_ratio and schedule.warmup == 0:
+        where, fix = f"schedule.start_ratio={schedule.start_ratio:g}", "schedule.start_ratio=0, or a warm-up"
+        yield Violation(where, "schedule.warmup=0", "a warm-up to begin there", fix)
 
 
 @rule("whole-steps")

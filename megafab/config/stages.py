@@ -26,6 +26,7 @@ from megafab.config.schema import RunConfig
 from megafab.config.tree import Tree, did_you_mean, field_types, to_tree
 from megafab.data.derived import NAME
 from megafab.errors import ConfigError, ConfigErrors
+from megafab.model.config import Position
 from megafab.model.shape import ModelShape
 from megafab.telemetry.config import RunSection
 
@@ -75,7 +76,12 @@ def of(overrides: Sequence[str]) -> list[Stage]:
             raise ConfigError(_PREFIX + own[0], "a single run", expected, fix)
         return []
     for text in own:
-        name = text.partition(".")[0]
+        name, dot, _ = text.partition("=")[0].partition(".")
+        if name in declared and not dot:
+            found, expected = "no key of the stage", "stages.NAME.KEY=VALUE"
+            raise ConfigError(
+                _PREFIX + text, found, expected, f"{_PREFIX}{name}.train.steps=100, for example"
+            )
         if name not in declared:
             fix = did_you_mean(name, declared) or f"name one of {', '.join(declared)}"
             raise ConfigError(_PREFIX + text, f"no stage {name}", f"one of {', '.join(declared)}", fix)
@@ -94,24 +100,54 @@ def of(overrides: Sequence[str]) -> list[Stage]:
     return stages
 
 
+def named(stages: Sequence[Stage], name: str | None) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ConfigError: there is none, or none was chosen.
+    """
+    names = [stage.name for stage in stages]
+    if name not in names:
+        where, found = ("stage", "no choice") if name is None else (f"stage={name}", f"no stage {name}")
+        expected = f"one of {', '.join(names)}" if names else "a recipe that has stages"
+        fix = did_you_mean(name or "", names) or (f"add stage={names[0]}" if names else "leave it out")
+        raise ConfigError(where, found, expected, fix)
+    return stages[names.index(name)]
+
+
 def check_all(stages: Sequence[Stage]) -> None:
     """Try every rule on every stage, before the first begins.
 
     Raises:
         ConfigErrors: with one line for every violation, which names its stage.
     """
-    problems: list[ConfigError] = []
+    problems = list(_inherited(stages))
     for stage in stages:
         corpus = rules.corpus_facts(stage.config)
         try:
             rules.check_all(stage.config, ranks=stage.config.launch.ranks, corpus=corpus)
         except ConfigErrors as several:
             problems += [_of(stage.name, problem) for problem in several.problems]
-        if stage.parent is not None:
-            parent = next(other for other in stages if other.name == stage.parent)
-            problems += [_of(stage.name, problem) for problem in _inheritance(stage, parent)]
     if problems:
         raise ConfigErrors(problems)
+
+
+def check_inheritance(stages: Sequence[Stage]) -> None:
+    """Try only whether each stage can begin with its parent's checkpoint.
+
+    Raises:
+        ConfigErrors: with one line for every violation, which names its stage.
+    """
+    problems = list(_inherited(stages))
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def _inherited(stages: Sequence[Stage]) -> Iterator[ConfigError]:
+    for stage in stages:
+        if stage.parent is not None:
+            parent = next(other for other in stages if other.name == stage.parent)
+            yield from (_of(stage.name, problem) for problem in _inheritance(stage, parent))
 
 
 def _of(name: str, problem: ConfigError) -> ConfigError:
@@ -140,10 +176,10 @@ def _stage(
         expected, fix = "run.name and run.dir of them all", "set them without stages.NAME"
         raise ConfigError(given[0] if given else "run", "set for one stage", expected, fix)
     config = load.compose(RunConfig, "train", [*common, *overrides], under=under)
-    if config.checkpoint.resume != "auto" or config.start.checkpoint is not None:
-        key = "start.checkpoint" if config.start.checkpoint is not None else "checkpoint.resume"
-        expected = "a stage that goes on with its own checkpoint, or begins with its parent's"
-        raise ConfigError(key, "set", expected, f"leave {key} out")
+    if config.checkpoint.resume != "auto":
+        where, found = f"checkpoint.resume={config.checkpoint.resume}", "not auto"
+        expected, fix = "a stage that goes on with its own checkpoints", "leave it out"
+        raise ConfigError(where, found, expected, fix)
     parent = _parent(operation, earlier)
     _check_operation(operation, parent)
     if operation.grow is not None and parent is not None:
@@ -157,6 +193,7 @@ def _stage(
     tracking = replace(config.tracking, group=config.tracking.group or config.run.name)
     config = replace(config, run=run, tracking=tracking)
     if parent is not None:
+        # For a stage with a parent, a start.checkpoint of the command line is that of the first.
         source = root / name / START if operation.is_any else root / parent.name
         config = replace(config, start=replace(config.start, checkpoint=str(source)))
     return Stage(name, config, operation, parent and parent.name)
@@ -196,9 +233,23 @@ def _grown(parent: Stage, config: GrowConfig) -> Any:
     return growth.grown(ModelShape.of(parent.config.model, ids), config, ids=ids)
 
 
+_MASKING = ("static_sparsity", "gradual_pruning")
+
+
 def _masking(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
     """Masks go on with their technique, or are taken off on purpose."""
-    for name in ("static_sparsity", "gradual_pruning"):
+    techniques = parent.config.techniques, stage.config.techniques
+    if stage.operation.densify and not any(getattr(techniques[0], name) for name in _MASKING):
+        expected, fix = f"a parent with {' or '.join(_MASKING)}", "leave densify out"
+        yield ConfigError("densify=true", "a dense parent", expected, fix)
+    static = [one.static_sparsity for one in techniques]
+    if static[0] and static[1] and static[0] != static[1] and not stage.operation.densify:
+        found, fix = "other masks than the parent's", "the parent's settings, or densify in a stage between"
+        yield ConfigError("techniques.static_sparsity", found, "the same masks", fix)
+    if techniques[0].gradual_pruning and techniques[1].gradual_pruning:
+        expected, fix = "one ramp, by the compute of one run", "make it one stage"
+        yield ConfigError("techniques.gradual_pruning", "a parent that was pruned", expected, fix)
+    for name in _MASKING:
         then, now = (getattr(one.config.techniques, name) is not None for one in (parent, stage))
         if then and stage.operation.grow is not None:
             expected, fix = "a dense parent", "densify in a stage of its own, and grow that"
@@ -206,7 +257,7 @@ def _masking(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
         elif then and not now and not stage.operation.densify:
             expected, fix = "the technique, or densify=true", f"technique: [{name}], or densify: true"
             yield ConfigError(f"techniques.{name}=null", "a parent under its masks", expected, fix)
-        elif then and now and stage.operation.densify:
+        elif now and stage.operation.densify:
             expected, fix = "one of them", "leave the technique out of this stage, or densify"
             yield ConfigError(f"densify=true, techniques.{name}", "masks taken off and put on", expected, fix)
 
@@ -219,6 +270,10 @@ def _inheritance(stage: Stage, parent: Stage) -> list[ConfigError]:
         problems.append(ConfigError(where, "no last checkpoint", f"one for stage {stage.name}", fix))
     problems += _masking(stage, parent)
     grow, keeps = stage.operation.grow, stage.config.start.optimizer is Carry.keep
+    names = [one.config.optim.name.value for one in (parent, stage)]
+    if keeps and names[0] != names[1]:
+        expected, fix = f"optim.name={names[0]}, whose moments they are", "start.optimizer=reset"
+        problems.append(ConfigError("start.optimizer=keep", f"optim.name={names[1]}", expected, fix))
     if keeps and (stage.operation.densify or (grow and grow.optimizer is not Moments.copy)):
         expected = "moments in what it begins with"
         found, fix = ("densify, which leaves them out", "start.optimizer=reset")
@@ -231,8 +286,9 @@ def _inheritance(stage: Stage, parent: Stage) -> list[ConfigError]:
             problems.append(ConfigError("grow.optimizer=copy", "start.optimizer=reset", expected, fix))
         return problems
     then, now = ({"model": to_tree(one.config.model)} for one in (parent, stage))
+    learned = parent.config.model.position is Position.learned  # a table of that length
     for key, old, new in changes(then, now):
-        if key in _MODEL:
+        if key in _MODEL or (learned and key == "model.seq_len"):
             found, fix = f"{key}={shown(old)} in stage {parent.name}", "the same value, or grow: {...}"
             problems.append(ConfigError(f"{key}={shown(new)}", found, "the model of the parent", fix))
     return problems

@@ -17,8 +17,9 @@ unit-step for the first step and u = T for the last), the learning rate is peak 
 fall(high, low, p) goes from high at p = 0 to low at p = 1 in one of the shapes of `fall`. So with s = 0 step
 0 has peak / W (never 0), step W-1 has the peak exactly, and the last step of what falls exactly r * peak.
 `warmup`, `cooldown` and `decay` are given in steps or, below 1, as a share of the steps; a warm-up is at
-least one step, which is then at the peak. In a run measured in tokens they are the tokens of those steps, so
-that a batch ramp changes nothing about their number.
+least one step, which is then at the peak, but for `infinite` with `warmup=0`, a branch of another run. In a
+run measured in tokens they are the tokens of those steps, so that a batch ramp changes nothing about their
+number.
 
 With lengths in steps, only the last D of `wsd` and `infinite` depends on where the run ends: such a run may
 be made longer or shorter, and an anneal branched off any of its checkpoints, without harm to what came
@@ -95,7 +96,7 @@ def _check_ramp(config: BatchRampConfig, global_batch: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Lengths in the run's unit: T, W (more than 0), C and D of the module's table."""
+    """Lengths in the run's unit: T, W (0 for a branch of `infinite` only), C and D of the module's table."""
 
     total: float
     warmup: float
@@ -199,7 +200,7 @@ class Schedules:
             assert train.tokens is not None
             self.total_steps = self._ramp.steps_until(-(-train.tokens // seq_len))
             self._position = lambda steps: self._ramp.samples_after(steps) * seq_len
-        warmup = max(1, _steps(schedule.warmup, self.total_steps))
+        warmup = warmup_steps(schedule, self.total_steps)
         cooldown = _steps(schedule.cooldown or 0, self.total_steps)
         decay = _steps(schedule.decay or 0, self.total_steps)
         _check_phases(schedule, warmup, cooldown, decay, self.total_steps)
@@ -297,6 +298,12 @@ def rates(schedules: Schedules, old: Schedules | None, then: Progress, now: Prog
     if all(math.isclose(was[step], lr, rel_tol=1e-12) for step, lr in new.items()):
         return f"learning rate: {shown}, as before"
     return f"learning rate: {shown}; it was to be {', '.join(f'{lr:.3g}' for lr in was.values())}"
+
+
+def warmup_steps(schedule: ScheduleConfig, total: int) -> int:
+    """At least one step; none for `infinite` with a warm-up of 0, which is a branch of another run."""
+    least = 0 if schedule.kind is ScheduleKind.infinite and schedule.warmup == 0 else 1
+    return max(least, _steps(schedule.warmup, total))
 
 
 def _steps(length: float, total: int) -> int:

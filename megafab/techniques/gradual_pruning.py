@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megafab.errors import UserError
 from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.run import Progress, StepOutcome, StepPlan
 from megafab.techniques.base import Facts, Technique
@@ -66,6 +67,13 @@ class GradualPruning(Technique):
 
     def on_start(self, progress: Progress, weights: WeightEditor) -> None:
         """Finds the budget, unless a checkpoint had it; weights and moments under the masks."""
+        if self._sparsity and not progress.step:
+            raise UserError(
+                "technique=[gradual_pruning]",
+                f"weights that another run has pruned to {self._sparsity:g}",
+                "dense weights to begin with: a ramp goes by the compute of one run",
+                "go on with that run (checkpoint.resume), or densify it first: megafab ckpt densify",
+            )
         if self._budget is None:
             self._account = Account.dense(progress, self._active)
             plans = [(plan.flops, plan.layer_tokens * self._maskable) for plan in self.facts.plans()]
@@ -114,8 +122,19 @@ class GradualPruning(Technique):
         return {"sparsity": self._sparsity, "budget": self._budget, "account": account}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, with the budget of the run it was."""
+        """Goes on from there, with the budget of the run it was.
+
+        Raises:
+            UserError: more is pruned already than there is to be.
+        """
         self._sparsity, self._budget = float(state["sparsity"]), float(state["budget"])
+        if self._sparsity > self.config.sparsity:
+            raise UserError(
+                f"techniques.gradual_pruning.sparsity={self.config.sparsity:g}",
+                f"{self._sparsity:g} of the weights pruned already",
+                f"at least {self._sparsity:g}: what is pruned does not come back",
+                f"techniques.gradual_pruning.sparsity={self._sparsity:g} or more",
+            )
         self._account = Account(**state["account"])
 
     def sharded_state(self, weights: WeightEditor) -> Mapping[str, LogicalTensor]:

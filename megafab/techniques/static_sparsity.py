@@ -61,6 +61,7 @@ class StaticSparsity(Technique):
         """Draws the masks, unless a checkpoint had them; weights and moments under them."""
         if not self._restored:
             self._masks.fill(weights, self._draw)
+        if not (self._restored and progress.step):  # of this run: not of one whose weights it begins with
             self._account = Account.dense(progress, self._weights)
         self._masks.apply(weights)
 

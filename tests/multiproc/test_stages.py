@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import SHORT_RUN, SMALL_MODEL, rows
+from training import SHORT_RUN, SMALL_MODEL, rows, train
 
+from launch.operation import operate
+from megafab import stages as staged
 from megafab.checkpoint import store
 from megafab.checkpoint.reader import Reader
 from megafab.config import rules
@@ -149,10 +151,9 @@ def test_killed_anywhere_the_same_command_comes_to_the_same_end(
     assert_same_end(run_dir, unbroken)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remains", ["a draft", "what was made of another checkpoint"])
-def test_an_operation_that_was_cut_short_is_made_again(
-    corpus: Path, unbroken: Path, tmp_path: Path, remains: str
+@pytest.mark.parametrize("remains", ["a draft", "the product of another operation", "nothing"])
+def test_what_a_stage_begins_with_is_what_it_says(
+    corpus: Path, unbroken: Path, tmp_path: Path, remains: str, capfd: pytest.CaptureFixture[str]
 ):
     run_dir = tmp_path / "training"
     shutil.copytree(unbroken / "small", run_dir / "small")
@@ -160,11 +161,43 @@ def test_an_operation_that_was_cut_short_is_made_again(
     stacked.mkdir()
     if remains == "a draft":
         (stacked / ".start.tmp-abc123" / "checkpoints").mkdir(parents=True)
-    else:  # its lineage names the checkpoint of the training that it was copied from
+    elif remains != "nothing":
         shutil.copytree(unbroken / "stacked" / "start", stacked / "start")
-    Training(corpus, run_dir).end()
+        shutil.copy(unbroken / "stacked" / "start.json", stacked)
+    depth = "zero" if "another" in remains else "stack"
+    stages = of([*RECIPE, f"data.path={corpus}", f"run.dir={run_dir}", f"stages.stacked.grow.depth={depth}"])
+    staged.prepare(stages[1], stages, operate)
     assert [path.name for path in stacked.glob(".start*")] == []
+    state = Reader(last(stacked / "start")).state
+    assert state["lineage"][-1]["growth"]["depth"] == depth
+    if remains == "nothing":  # a second time there is nothing to do
+        made = last(stacked / "start").stat().st_ino
+        staged.prepare(stages[1], stages, operate)
+        assert last(stacked / "start").stat().st_ino == made
+
+
+def test_a_stage_that_was_trained_keeps_its_beginning(corpus: Path, unbroken: Path, tmp_path: Path):
+    shutil.copytree(unbroken, tmp_path / "training")
+    changed = Training(corpus, tmp_path / "training", "stages.stacked.start.data=reset")
+    assert changed.process.wait(timeout=120) == 2
+    assert changed.log.read_text().splitlines()[-1] == (
+        "stages.stacked: found another beginning than it had: data from keep to reset, expected the same one: "
+        "it has been trained from there. Fix: undo the change, or give run.dir another place"
+    )
+
+
+def test_a_stage_is_one_job_of_ranks_that_something_else_started(
+    ranks, corpus: Path, unbroken: Path, tmp_path
+):
+    run_dir = tmp_path / "training"
+    shutil.copytree(unbroken / "small", run_dir / "small")
+    command = [*RECIPE, f"data.path={corpus}", f"run.dir={run_dir}", "stages.stacked.launch.ranks=1"]
+    assert ranks.run(train, [*command, "stage=stacked"], world=2, init=False, timeout=240) == [0, 0]
     assert_same_end(run_dir, unbroken)
+    assert json.loads((run_dir / "stages.json").read_text()) == {
+        "small": {"parent": None},
+        "stacked": {"parent": "small"},
+    }
 
 
 @pytest.mark.slow

@@ -408,6 +408,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "other steps are not saved. Fix: set checkpoint.every, or leave checkpoint.keep_every out",
     ),
     (
+        *("start-ratio", {"schedule.start_ratio": 0.1, "schedule.warmup": 0}, 1),
+        "schedule.start_ratio=0.1: found schedule.warmup=0, expected a warm-up to begin there. Fix: "
+        "schedule.start_ratio=0, or a warm-up",
+    ),
+    (
         *("start", {"start.optimizer": Carry.keep}, 1),
         "start.optimizer=keep: found no start.checkpoint, expected a checkpoint to keep it from. Fix: set "
         "start.checkpoint, or leave it out",

@@ -149,12 +149,12 @@ MISTAKES = {
         "Fix: set them without stages.NAME"
     ),
     "checkpoint.resume=none": (
-        "stages.small: checkpoint.resume: found set, expected a stage that goes on with its own "
-        "checkpoint, or begins with its parent's. Fix: leave checkpoint.resume out"
+        "stages.small: checkpoint.resume=none: found not auto, expected a stage that goes on with its own "
+        "checkpoints. Fix: leave it out"
     ),
-    "start.checkpoint=a": (
-        "stages.small: start.checkpoint: found set, expected a stage that goes on with its own "
-        "checkpoint, or begins with its parent's. Fix: leave start.checkpoint out"
+    "stages.small=3": (
+        "stages.small=3: found no key of the stage, expected stages.NAME.KEY=VALUE. Fix: "
+        "stages.small.train.steps=100, for example"
     ),
     "recipe=one": (
         "stages.x.y=1: found a single run, expected a recipe that has stages. Fix: leave stages. out, "
@@ -184,6 +184,14 @@ def test_every_rule_is_tried_on_every_stage_before_the_first_begins():
 
 
 INHERITED = {
+    "optim=muon": (
+        "stages.grown: start.optimizer=keep: found optim.name=muon, expected optim.name=adamw, whose moments "
+        "they are. Fix: start.optimizer=reset"
+    ),
+    "densify=true": (
+        "stages.branch: densify=true: found a dense parent, expected a parent with static_sparsity or "
+        "gradual_pruning. Fix: leave densify out"
+    ),
     "model.layers=6": (
         "stages.branch: model.layers=6: found model.layers=4 in stage small, expected the model of "
         "the parent. Fix: the same value, or grow: {...}"
@@ -207,7 +215,13 @@ INHERITED = {
 def test_a_stage_must_be_able_to_begin_with_its_parents_checkpoint(override: str):
     stage = INHERITED[override].partition(":")[0].removeprefix("stages.")
     stage = "small" if "save_last" in override else stage
-    assert INHERITED[override] in lines(f"stages.{stage}.{override}")
+    more = ["stages.grown.start.optimizer=keep"] if "muon" in override else []
+    assert INHERITED[override] in lines(f"stages.{stage}.{override}", *more)
+
+
+def test_the_first_stage_may_begin_with_a_checkpoint():
+    found = [stage.config.start.checkpoint for stage in stages("start.checkpoint=runs/a").values()]
+    assert found == ["runs/a", "runs/x/grown/start", "runs/x/small"]
 
 
 def test_stages_are_refused_where_one_run_is_meant():
@@ -224,10 +238,17 @@ def test_cfg_shows_every_stage(capsys: pytest.CaptureFixture[str]):
     assert err.splitlines()[0].startswith("stages.small: [corpus] data.path=nowhere")
 
 
+def test_cfg_shows_one_stage(capsys: pytest.CaptureFixture[str]):
+    cli.main(["train", *COMMAND, "stage=grown", "--cfg", "job"])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("# stage")] == ["# stage grown"]
+
+
 def test_a_stage_of_a_job_must_be_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megafab.config.stages.check_all", lambda stages: None)
     assert cli.main(["train", *COMMAND, "stage=grwn"]) == cli.USER_ERROR
     assert "stage=grwn: found no stage grwn" in capsys.readouterr().err
+    assert cli.main(["train", *COMMAND, "stage=small", "stage=grown"]) == cli.USER_ERROR
+    assert "stage=small stage=grown: found 2 stages, expected one" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["train", *COMMAND]) == cli.USER_ERROR
@@ -236,8 +257,7 @@ def test_a_stage_of_a_job_must_be_named(capsys: pytest.CaptureFixture[str], monk
     )
 
 
-def test_a_stage_waits_for_its_parent(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("megafab.config.stages.check_all", lambda stages: None)
+def test_a_stage_waits_for_its_parent(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     command = [text for text in COMMAND if not text.startswith("run.dir")]
     assert cli.main(["train", *command, f"run.dir={tmp_path}", "stage=grown"]) == cli.USER_ERROR
     assert "stage=grown: found no finished stage small" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from megafab.checkpoint.reader import Reader
 from megafab.checkpoint.surgery.grow import sizes
 from megafab.config import growth
 from megafab.model.shape import ModelShape
+from megafab.run import Progress
 
 G = 4  # the best factors are between 2 and 4, and 4 is what they recommend
 _BEST = (2, 4)
@@ -112,4 +113,4 @@ def of_checkpoint(path: Path, config: GrowConfig, tokens: float | None, flops: f
         config = replace(config, layers=G * base.config.layers)
     grown = ModelShape.of(growth.grown(base, config, ids=ids), base.vocab)
     advice = advise(grown.parameters, g=grown.config.layers / base.config.layers, tokens=tokens, flops=flops)
-    return lines(advice, had=reader.state["progress"]["tokens"])
+    return lines(advice, had=Progress.from_state(reader.state["progress"]).totals.tokens)

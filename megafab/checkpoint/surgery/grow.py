@@ -7,6 +7,7 @@ position in the data, and in the lineage what grew out of what.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from megafab.data.format import Corpus
 from megafab.errors import UserError
 from megafab.model.names import parameter_shapes
 from megafab.model.shape import ModelShape
+from megafab.run import Progress
 from megafab.telemetry.meter import Meter
 
 PRESERVED = 1e-5  # of a logit in fp32: the function counts as kept where none moves by as much
@@ -88,11 +90,19 @@ def grow(path: Path, to: Path, config: GrowConfig, message: Say) -> Path:
             message("judge=false: the logits were not compared")
     checkpoint = to / made.relative_to(draft)
     how = tools.growth_in_words(state["lineage"][-1]["growth"])
-    message(f"{checkpoint}: {grown.parameters:,} parameters, {how}. To begin a run with it:")
-    other = " checkpoint.allow_data_change=true" if config.vocab is not None else ""
-    overrides = " ".join(model_overrides(model))
-    message(f"megafab train start.checkpoint={checkpoint} {overrides} data.path=DIR{other}")
+    message(f"{checkpoint}: {grown.parameters:,} parameters, {how}")
     return checkpoint
+
+
+def command(checkpoint: Path) -> str:
+    """What begins a run with a grown checkpoint."""
+    reader = Reader(checkpoint)
+    grew = reader.state["lineage"][-1]["growth"]["sizes"]
+    other = " checkpoint.allow_data_change=true" if "vocab" in grew else ""
+    overrides = " ".join(
+        map(shlex.quote, (f"start.checkpoint={checkpoint}", *model_overrides(_run(reader).model)))
+    )
+    return f"megafab train {overrides} data.path=DIR{other}"
 
 
 def sizes(reader: Reader) -> tuple[ModelShape, int]:
@@ -193,14 +203,15 @@ def _state(
         "vocab": (ids, config.vocab or ids),
         "experts": (parent.config.moe.experts, grown.config.moe.experts),
     }
+    totals = Progress.from_state(state["progress"]).totals
     state["lineage"][-1]["growth"] = {
         "sizes": {key: list(pair) for key, pair in pairs.items() if pair[0] != pair[1]},
         "depth": depth and depth.value,
         "width": width and width.value,
         "g": grown.config.layers / parent.config.layers,
         "optimizer": config.optimizer.value,
-        "tokens": state["progress"]["tokens"],
-        "samples": state["progress"]["samples"],
+        "tokens": totals.tokens,
+        "samples": totals.samples,
     }
     return state
 
