@@ -181,8 +181,8 @@ def test_a_stage_that_was_trained_keeps_its_beginning(corpus: Path, unbroken: Pa
     changed = Training(corpus, tmp_path / "training", "stages.stacked.start.data=reset")
     assert changed.process.wait(timeout=120) == 2
     assert changed.log.read_text().splitlines()[-1] == (
-        "stages.stacked: found another beginning than it had: data from keep to reset, expected the same one: "
-        "it has been trained from there. Fix: undo the change, or give run.dir another place"
+        "stages.stacked: found another beginning than it had: data from keep to reset, expected the same "
+        "one: it has been trained from there. Fix: undo the change, or give run.dir another place"
     )
 
 
