@@ -163,11 +163,11 @@ def stacking(trainings: Trainings, steps: int) -> dict[str, Any]:
 def sparse(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
     """The loss of dense, sparse and pruned models in as many steps."""
     dense_steps = steps // 5
-    base = ("model.layers=4", *COMMON)
+    base = ("model.layers=4", *LLAMA)
     ends = (f"stages.sparse.train.steps={steps - dense_steps}", f"stages.dense.train.steps={dense_steps}")
     static = "stages.sparse.techniques.static_sparsity"
     cases: dict[str, Callable[[int], Sequence[str]]] = {
-        "dense": lambda seed: ("model=gpt_tiny", *base, f"train.steps={steps}"),
+        "dense": lambda seed: ("model=llama_tiny", *base, f"train.steps={steps}"),
         **{
             f"static {share:.0%}, then dense": lambda seed, share=share: (
                 *("recipe=spdf", *base, *ends, f"{static}.sparsity={share}"),
