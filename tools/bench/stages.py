@@ -206,8 +206,7 @@ def sparse(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
 def infinite(trainings: Trainings, steps: int) -> dict[str, Any]:
     """The infinite schedule's anneal beside a cosine."""
     base = ("model.layers=4", *LLAMA)
-    peak, anneal = 3e-3, steps // 5
-    constant = 0.55 * peak
+    anneal = steps // 5
     trainings.run(
         "english",
         {
@@ -215,8 +214,7 @@ def infinite(trainings: Trainings, steps: int) -> dict[str, Any]:
             "infinite": lambda seed: (
                 *("recipe=infinite_lr", *(o for o in base if not o.startswith("schedule"))),
                 *("stages.main.schedule.warmup=0.1", f"stages.main.train.steps={steps - anneal}"),
-                *(f"stages.anneal.optim.lr={constant}", f"stages.anneal.train.steps={anneal}"),
-                *(f"stages.anneal.schedule.decay={anneal - 1}", f"stages.onward.optim.lr={constant}"),
+                f"stages.anneal.train.steps={anneal}",
                 f"stages.onward.train.steps={anneal}",
             ),
         },
