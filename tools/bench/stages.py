@@ -10,6 +10,8 @@
 - `continual`: English, then German: with and without re-warming and replay, on the easiest fifth of the
   German text over and over, and both languages from the beginning in as many steps.
 
+- `rewarming`: the same without replay, for several lengths of the warm-up and several peaks.
+
 DIR has books.jsonl.gz (English) and german.jsonl.gz. Two runs at a time, one thread each. With `--only`, the
 other parts of FILE stay.
 """
@@ -287,6 +289,35 @@ def continual(trainings: Trainings, steps: int) -> dict[str, Any]:
     return {"before": begun_with, "cases": rows}
 
 
+def rewarming(trainings: Trainings, steps: int) -> list[dict[str, Any]]:
+    """How long and how high the learning rate warms up again, as Gupta et al. 2023 sweep it."""
+    base = ("model=llama_tiny", "model.layers=4", *LLAMA)
+    plain = [o for o in base if not o.startswith(("schedule", "optim.lr"))]
+    trainings.run(
+        "both", {"english": lambda seed: (*base, "data.mixture={english: 1}", f"train.steps={steps}")}
+    )
+    sweep = [(share, 3e-3) for share in (0.005, 0.01, 0.02, 0.1)] + [(0.01, peak) for peak in (1.5e-3, 6e-3)]
+
+    def again(share: float, peak: float) -> Callable[[int], Sequence[str]]:
+        return lambda seed: (
+            *(*plain, f"start.checkpoint={trainings.place('english', seed)}", f"train.steps={steps}"),
+            *("schedule=rewarm", f"schedule.warmup={share}", f"optim.lr={peak}", "data.mixture={german: 1}"),
+        )
+
+    cases = {f"warm-up {share:.1%}, peak {peak:g}": again(share, peak) for share, peak in sweep}
+    trainings.run("both", cases)
+    return [
+        {
+            "case": name,
+            **{
+                language: mean([loss_of(trainings.last(name, seed)[0], language) for seed in trainings.seeds])
+                for language in SOURCES
+            },
+        }
+        for name in cases
+    ]
+
+
 def main() -> None:
     """Measure, write the JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -317,6 +348,7 @@ PARTS: dict[str, Callable[[Trainings, int], Any]] = {
     "sparse": sparse,
     "infinite": infinite,
     "continual": continual,
+    "rewarming": rewarming,
 }
 
 
@@ -370,11 +402,17 @@ def _continual_table(part: Mapping[str, Any]) -> str:
     return common.markdown(["English, then German", "English", "at worst", "German"], rows)
 
 
+def _rewarming_table(part: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[row["case"], *(f"{row[key]:.3f}" for key in ("english", "german"))] for row in part]
+    return common.markdown(["English, then German, re-warmed", "English", "German"], rows)
+
+
 _TABLES: dict[str, Callable[[Any], str]] = {
     "stacking": _stacking_table,
     "sparse": _sparse_table,
     "infinite": _infinite_table,
     "continual": _continual_table,
+    "rewarming": _rewarming_table,
 }
 
 
