@@ -20,7 +20,7 @@ from launch import cli
 ROOT = Path(__file__).parents[2]
 MODELS = (
     "gpt_125m, gpt_175b, gpt_1_3b, gpt_1t_frontier, gpt_350m, gpt_6_7b, gpt_tiny, llama_125m, llama_1b, "
-    "llama_70b, llama_8b, llama_tiny, mixtral_8x7b, mixtral_tiny, mt_nlg_530b"
+    "llama_70b, llama_7b, llama_8b, llama_tiny, mixtral_8x7b, mixtral_tiny, mt_nlg_530b"
 )
 
 
