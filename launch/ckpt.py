@@ -133,7 +133,7 @@ def _grow(settings: config.GrowVerbConfig, path: Path) -> int:
     else:
         assert settings.to is not None  # config.check
         made = grow.grow(_newest(path), Path(settings.to), settings, print)
-        print(f"To begin a run with it: {grow.command(made)}")
+        print("To begin a run with it:", grow.command(made), sep="\n")
     return 0
 
 
