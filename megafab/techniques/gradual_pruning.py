@@ -66,7 +66,11 @@ class GradualPruning(Technique):
         self._budget: float | None = None
 
     def on_start(self, progress: Progress, weights: WeightEditor) -> None:
-        """Finds the budget, unless a checkpoint had it; weights and moments under the masks."""
+        """Finds the budget, unless a checkpoint of this run had it; weights and moments under the masks.
+
+        Raises:
+            UserError: another run has pruned the weights that this one begins with.
+        """
         if self._sparsity and not progress.step:
             raise UserError(
                 "technique=[gradual_pruning]",
@@ -74,7 +78,7 @@ class GradualPruning(Technique):
                 "dense weights to begin with: a ramp goes by the compute of one run",
                 "go on with that run (checkpoint.resume), or densify it first: megafab ckpt densify",
             )
-        if self._budget is None:
+        if self._budget is None or not progress.step:  # of this run: not of one whose weights it begins with
             self._account = Account.dense(progress, self._active)
             plans = [(plan.flops, plan.layer_tokens * self._maskable) for plan in self.facts.plans()]
             self._budget = budget(

@@ -507,6 +507,18 @@ def test_what_ran_without_it_was_dense() -> None:
     assert technique.metrics(None)["compute"] == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
+def test_a_start_from_a_dense_checkpoint_has_a_budget_of_its_own() -> None:
+    """The parent stopped before its ramp: its weights are dense, and its compute is not this run's."""
+    parent, one = GradualPruning(GradualPruningConfig(every=1), facts(200)), editor()
+    parent.on_start(Progress(), one)
+    take_step(parent, one, 0)
+    fresh, started = (GradualPruning(GradualPruningConfig(every=1), facts(20)) for _ in range(2))
+    started.load_state_dict(parent.state_dict())
+    fresh.on_start(Progress(), editor())
+    started.on_start(Progress(), editor())
+    assert started.state_dict() == fresh.state_dict() != parent.state_dict()
+
+
 @pytest.mark.parametrize(
     ("ramp", "sparsity", "by_tokens", "by_compute"),
     [
