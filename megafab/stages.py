@@ -23,7 +23,7 @@ from typing import Any
 from megafab.checkpoint.changes import changes, shown
 from megafab.config.load import from_yaml
 from megafab.config.schema import RunConfig
-from megafab.config.stages import START, Stage
+from megafab.config.stages import START, Stage, named
 from megafab.config.tree import to_tree
 from megafab.errors import UserError
 from megafab.run import Progress
@@ -96,14 +96,9 @@ def is_done(stage: Stage, stages: Sequence[Stage]) -> bool:
         expected = f"the same ones, since stage {children[0]} was begun with its checkpoint"
         fix = "undo the change, or give run.dir another place"
         raise UserError(f"stages.{stage.name}", found, expected, fix)
-    longer = [
-        new > old for key, old, new in changed if key in ("train.steps", "train.tokens") and old and new
-    ]
-    if not any(longer):
-        expected, fix = (
-            "the same ones, or more steps to train with others",
-            "undo the change, or raise train.steps",
-        )
+    lengths = (change for change in changed if change[0] in ("train.steps", "train.tokens"))
+    if not any(old and new and new > old for _, old, new in lengths):
+        expected, fix = "the same ones, or more steps to train with others", "undo it, or raise train.steps"
         raise UserError(f"stages.{stage.name}", found, expected, fix)
     return False
 
@@ -124,7 +119,7 @@ def prepare(stage: Stage, stages: Sequence[Stage], operate: Operate) -> None:
     if (directory / "checkpoints").exists():
         _require_same_origin(stage)
         return
-    parent = next(other for other in stages if other.name == stage.parent)
+    parent = named(stages, stage.parent)
     if not _finished(parent.config):
         raise UserError(
             f"stage={stage.name}",
@@ -155,7 +150,7 @@ def started(stage: Stage, stages: Sequence[Stage]) -> RunConfig:
     """The configuration of a prepared stage's run, which begins with its parent's last checkpoint or none."""
     if stage.parent is None or stage.operation.is_any:
         return stage.config
-    parent = next(other for other in stages if other.name == stage.parent)
+    parent = named(stages, stage.parent)
     if not _finished(parent.config):  # gone, while the stage has checkpoints of its own
         return stage.config
     return replace(stage.config, start=replace(stage.config.start, checkpoint=str(_last_checkpoint(parent))))

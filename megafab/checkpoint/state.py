@@ -371,15 +371,14 @@ class Checkpoints:
         kept = start.optimizer is Carry.keep
         if kept:
             self._require_same_optimizer(path, where)
-        if start.data is Carry.keep:
-            self._require_place(state, where)
+        position = self._carried_on(state, where) if start.data is Carry.keep else None
         masking = self._masking(path, where)
         told = f", masks of {', '.join(masking)}" if masking else ""
         self._message(
             f"starting from {path}: optimizer {start.optimizer.value}, place in the data "
             f"{start.data.value}{told}"
         )
-        if start.data is Carry.keep:
+        if position is not None:
             changed = identity.differences(state["data"], self._data)
         if changed:
             self._message(f"the data changed: {'; '.join(changed)}")
@@ -395,26 +394,25 @@ class Checkpoints:
         }
         store.load(path, wanted, group=self._group)
         self._engine.load_state_dict(state["engine"] if kept else self._engine.state_dict())
-        if start.data is Carry.keep:
-            fresh = self._loader.state_dict()
-            self._loader.load_state_dict(
-                identity.carried_on(state["loader"], fresh, state["data"], self._data)
-            )
+        if position is not None:
+            self._loader.load_state_dict(position)
         self._remember(path, state, named=True)
         parent = Progress.from_state(state["progress"])
         progress = Progress(before=parent.totals)
         self._message(self._rates(state["config"], parent, progress))
         return progress
 
-    def _require_place(self, state: Mapping[str, Any], where: str) -> None:
-        """There is a domain that can be read on from where it was."""
-        found = "a checkpoint of weights alone"
+    def _carried_on(self, state: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The place in the data of a run that reads on from that of a checkpoint.
+
+        Raises:
+            UserError: there is no domain that can be read on.
+        """
+        found, loader = "a checkpoint of weights alone", state["loader"]
         if state["data"]:
-            there = identity.carried_on(
-                state["loader"], self._loader.state_dict(), state["data"], self._data
-            )["counts"]
-            if any(there.values()) or not any(state["loader"]["counts"].values()):
-                return
+            position = identity.carried_on(loader, self._loader.state_dict(), state["data"], self._data)
+            if any(position["counts"].values()) or not any(loader["counts"].values()):
+                return position
             found = f"other windows: {'; '.join(identity.differences(state['data'], self._data))}"
         expected, fix = "a domain that is read on from where it was, in the same order", "start.data=reset"
         raise UserError(f"start.data=keep, {where}", found, expected, fix)

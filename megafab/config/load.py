@@ -13,7 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -304,7 +306,15 @@ def _missing_choices(groups: Mapping[str, Group], choices: Sequence[str]) -> lis
 
 
 def _hydra(config_name: str, choices: Sequence[str]) -> Tree:
-    """What Hydra composes from the files for these choices."""
+    """What Hydra composes from the files for these choices.
+
+    A tenth of a second or two, and a command asks twice: for the stages, then for the one run.
+    """
+    return deepcopy(_composed(config_directory(), config_name, tuple(choices)))
+
+
+@cache
+def _composed(directory: Path, config_name: str, choices: tuple[str, ...]) -> Tree:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -313,7 +323,7 @@ def _hydra(config_name: str, choices: Sequence[str]) -> Tree:
     from yaml import YAMLError
 
     try:
-        with initialize_config_dir(str(config_directory()), version_base="1.3", job_name="megafab"):
+        with initialize_config_dir(str(directory), version_base="1.3", job_name="megafab"):
             composed = hydra_compose(config_name, overrides=list(choices))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         where, fix = f"conf/{config_name}.yaml", "correct the file or choose another option"

@@ -26,7 +26,7 @@ from megafab.config.schema import RunConfig
 from megafab.config.tree import Tree, did_you_mean, field_types, to_tree
 from megafab.data.derived import NAME
 from megafab.errors import ConfigError, ConfigErrors
-from megafab.model.config import Position
+from megafab.model.config import ModelConfig, Position
 from megafab.model.shape import ModelShape
 from megafab.telemetry.config import RunSection
 
@@ -78,10 +78,8 @@ def of(overrides: Sequence[str]) -> list[Stage]:
     for text in own:
         name, dot, _ = text.partition("=")[0].partition(".")
         if name in declared and not dot:
-            found, expected = "no key of the stage", "stages.NAME.KEY=VALUE"
-            raise ConfigError(
-                _PREFIX + text, found, expected, f"{_PREFIX}{name}.train.steps=100, for example"
-            )
+            found, fix = "no key of the stage", f"{_PREFIX}{name}.train.steps=100, for example"
+            raise ConfigError(_PREFIX + text, found, "stages.NAME.KEY=VALUE", fix)
         if name not in declared:
             fix = did_you_mean(name, declared) or f"name one of {', '.join(declared)}"
             raise ConfigError(_PREFIX + text, f"no stage {name}", f"one of {', '.join(declared)}", fix)
@@ -146,7 +144,7 @@ def check_inheritance(stages: Sequence[Stage]) -> None:
 def _inherited(stages: Sequence[Stage]) -> Iterator[ConfigError]:
     for stage in stages:
         if stage.parent is not None:
-            parent = next(other for other in stages if other.name == stage.parent)
+            parent = named(stages, stage.parent)
             yield from (_of(stage.name, problem) for problem in _inheritance(stage, parent))
 
 
@@ -226,7 +224,7 @@ def _check_operation(operation: Operation, parent: Stage | None) -> None:
         raise ConfigError("grow, densify", "two operations", expected, fix)
 
 
-def _grown(parent: Stage, config: GrowConfig) -> Any:
+def _grown(parent: Stage, config: GrowConfig) -> ModelConfig:
     """The model that the parent's becomes. Where its corpus cannot be read, the rules say so later."""
     corpus = rules.corpus_facts(parent.config)
     ids = corpus.vocab_size or parent.config.model.vocab or 1
@@ -262,33 +260,31 @@ def _masking(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
             yield ConfigError(f"densify=true, techniques.{name}", "masks taken off and put on", expected, fix)
 
 
-def _inheritance(stage: Stage, parent: Stage) -> list[ConfigError]:
+def _inheritance(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
     """What keeps a stage from beginning with its parent's checkpoint."""
-    problems: list[ConfigError] = []
     if not parent.config.checkpoint.save_last:
         where, fix = f"stages.{parent.name}.checkpoint.save_last=false", "leave it out"
-        problems.append(ConfigError(where, "no last checkpoint", f"one for stage {stage.name}", fix))
-    problems += _masking(stage, parent)
+        yield ConfigError(where, "no last checkpoint", f"one for stage {stage.name}", fix)
+    yield from _masking(stage, parent)
     grow, keeps = stage.operation.grow, stage.config.start.optimizer is Carry.keep
     names = [one.config.optim.name.value for one in (parent, stage)]
     if keeps and names[0] != names[1]:
         expected, fix = f"optim.name={names[0]}, whose moments they are", "start.optimizer=reset"
-        problems.append(ConfigError("start.optimizer=keep", f"optim.name={names[1]}", expected, fix))
+        yield ConfigError("start.optimizer=keep", f"optim.name={names[1]}", expected, fix)
     if keeps and (stage.operation.densify or (grow and grow.optimizer is not Moments.copy)):
         expected = "moments in what it begins with"
         found, fix = ("densify, which leaves them out", "start.optimizer=reset")
         if grow is not None:
             found, fix = "grow.optimizer=reset", "grow.optimizer=copy, where it is defined"
-        problems.append(ConfigError("start.optimizer=keep", found, expected, fix))
+        yield ConfigError("start.optimizer=keep", found, expected, fix)
     if grow is not None:
         if grow.optimizer is Moments.copy and not keeps:
             expected, fix = "start.optimizer=keep, for them to be used", "set both, or leave both out"
-            problems.append(ConfigError("grow.optimizer=copy", "start.optimizer=reset", expected, fix))
-        return problems
+            yield ConfigError("grow.optimizer=copy", "start.optimizer=reset", expected, fix)
+        return
     then, now = ({"model": to_tree(one.config.model)} for one in (parent, stage))
     learned = parent.config.model.position is Position.learned  # a table of that length
     for key, old, new in changes(then, now):
         if key in _MODEL or (learned and key == "model.seq_len"):
             found, fix = f"{key}={shown(old)} in stage {parent.name}", "the same value, or grow: {...}"
-            problems.append(ConfigError(f"{key}={shown(new)}", found, "the model of the parent", fix))
-    return problems
+            yield ConfigError(f"{key}={shown(new)}", found, "the model of the parent", fix)

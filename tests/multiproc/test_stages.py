@@ -72,6 +72,11 @@ class Training:
         assert self.process.wait(timeout=300) == 0, self.log.read_text()
         return self.log.read_text()
 
+    def refused(self) -> str:
+        """The line that it ends with."""
+        assert self.process.wait(timeout=120) == 2, self.log.read_text()
+        return self.log.read_text().splitlines()[-1]
+
 
 @pytest.fixture(scope="module")
 def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -179,8 +184,7 @@ def test_what_a_stage_begins_with_is_what_it_says(
 def test_a_stage_that_was_trained_keeps_its_beginning(corpus: Path, unbroken: Path, tmp_path: Path):
     shutil.copytree(unbroken, tmp_path / "training")
     changed = Training(corpus, tmp_path / "training", "stages.stacked.start.data=reset")
-    assert changed.process.wait(timeout=120) == 2
-    assert changed.log.read_text().splitlines()[-1] == (
+    assert changed.refused() == (
         "stages.stacked: found another beginning than it had: data from keep to reset, expected the same "
         "one: it has been trained from there. Fix: undo the change, or give run.dir another place"
     )
@@ -216,8 +220,7 @@ def test_a_signal_leaves_and_the_same_command_goes_on(corpus: Path, unbroken: Pa
 def test_a_finished_stage_keeps_its_settings(corpus: Path, unbroken: Path, tmp_path: Path):
     shutil.copytree(unbroken, tmp_path / "training")
     changed = Training(corpus, tmp_path / "training", "stages.small.optim.lr=2e-3")
-    assert changed.process.wait(timeout=120) == 2
-    assert changed.log.read_text().splitlines()[-1] == (
+    assert changed.refused() == (
         "stages.small: found other settings than it was finished with: optim.lr from 0.001 to 0.002, "
         "expected the same ones, since stage stacked was begun with its checkpoint. Fix: undo the change, or "
         "give run.dir another place"
@@ -231,8 +234,7 @@ def test_a_damaged_parent_is_not_built_upon(corpus: Path, unbroken: Path, tmp_pa
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     broken = Training(corpus, tmp_path / "training")
-    assert broken.process.wait(timeout=120) == 2
-    assert f"tensors/{file.name}: XXH3" in broken.log.read_text()
+    assert f"tensors/{file.name}: XXH3" in broken.refused()
     assert not (tmp_path / "training" / "stacked" / "start").exists()
 
 
