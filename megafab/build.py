@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megafab import retrieval
 from megafab.checkpoint.identity import identity
 from megafab.checkpoint.state import Checkpoints
 from megafab.config import tree
@@ -87,7 +88,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         agree_max=groups.agree_max,
         message=message if groups.rank == 0 else _silent,
     )
-    data = DataPlan(corpus)
+    data = DataPlan(corpus, retrieval=retrieval.of(config, corpus))
     engine = _engine(kind, config, shape, groups, bus, data)
     loader = Loader(
         corpus,
@@ -143,7 +144,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             message=telemetry.message,
             group=groups.host,
         ),
-        validation=_validation(config, corpus, groups),
+        validation=_validation(config, data, groups),
         invariants=Invariants(engine, groups, config.resilience.check_every),
         signals=Signals(groups.agree_max),
         cadence=Cadence(
@@ -248,17 +249,18 @@ def _engine(
     )
 
 
-def _validation(config: RunConfig, corpus: Corpus, groups: Groups) -> Validation:
+def _validation(config: RunConfig, data: DataPlan, groups: Groups) -> Validation:
     """All domains' sequences as one batch, so that a pipeline fills once and not once a domain."""
     micro = config.train.micro_batch
     by_domain = validation_batches(
-        corpus,
+        data.corpus,
         samples_per_domain=config.eval.samples,
         seq_len=config.model.seq_len,
         packing=config.data.packing,
         data_rank=groups.mesh.data_rank(groups.rank),
         data_ranks=groups.mesh.data,
         micro_batch=micro,
+        retrieval=data.retrieval,
     )
     batches = [batch for batches in by_domain.values() for batch in batches]
     if not batches:

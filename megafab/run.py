@@ -132,13 +132,29 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Retrieved:
+    """The neighbours of each chunk of a batch's rows: B rows, C chunks of a row, K neighbours, R tokens.
+
+    A neighbour that is missing has length 0; tokens beyond the length are padding.
+    """
+
+    tokens_BCKR: torch.Tensor  # int64
+    length_BCK: torch.Tensor  # int64
+
+    def rows(self, start: int, stop: int) -> Retrieved:
+        """Those of rows `start:stop`."""
+        return Retrieved(self.tokens_BCKR[start:stop], self.length_BCK[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """All sequences of one step on one data rank, on the host; rows are in sample order.
 
     `labels_BL[b, l]` is the token after `tokens_BL[b, l]`; `loss_mask_BL` is 0 where no prediction is
     asked for (a label in the next document). `document_BL` numbers the documents inside a row from 0,
     and `position_BL` restarts with each of them when packing is `document`. `sample_B` is the global
-    sample index, `domain_B` the domain's index. `columns` are further values of the positions, each [B, L].
+    sample index, `domain_B` the domain's index. `columns` are further values of the positions, each [B, L],
+    and `retrieved` what a database has for the chunks of each row.
     """
 
     tokens_BL: torch.Tensor  # int64
@@ -149,6 +165,7 @@ class Batch:
     domain_B: torch.Tensor  # int64
     sample_B: torch.Tensor  # int64
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    retrieved: Retrieved | None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """The same batch with rows `start:stop` only."""
@@ -161,6 +178,7 @@ class Batch:
             self.domain_B[start:stop],
             self.sample_B[start:stop],
             {name: value[start:stop] for name, value in self.columns.items()},
+            self.retrieved and self.retrieved.rows(start, stop),
         )
 
     @staticmethod
@@ -173,6 +191,9 @@ class Batch:
             values = [getattr(batch, name) for batch in batches]
             if isinstance(values[0], torch.Tensor):
                 joined[name] = torch.cat(values)
+            elif name == "retrieved":
+                pairs = [(value.tokens_BCKR, value.length_BCK) for value in values if value is not None]
+                joined[name] = Retrieved(*map(torch.cat, zip(*pairs, strict=True))) if pairs else None
             else:
                 joined[name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
         return Batch(**joined)

@@ -64,8 +64,6 @@ class Scorer:
         """The nll of every token [B, L], and where it is a prediction that is asked for."""
         rows = self._reader.read(np.full(len(window_B), domain), window_B, window_B)
         inputs = ModelInputs.of(rows, self._groups, self._method)
-        logits_LBV = self._model(
-            inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
-        )
+        logits_LBV = inputs.run(self._model)
         nll_LB = vocab_parallel_nll(logits_LBV, inputs.labels_BL.t(), self._groups.tensor)
         return nll_LB.t(), inputs.loss_mask_BL != 0

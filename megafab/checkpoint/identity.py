@@ -55,6 +55,7 @@ def identity(
         "block": block,
         "order_seeds": plan.order_seeds,
         "difficulty": plan.difficulty and plan.difficulty.fingerprint,
+        "retrieval": plan.retrieval and plan.retrieval.facts,
     }
 
 
@@ -142,6 +143,10 @@ def _of_order(then: Identity, now: Identity) -> Iterator[str]:
     for name, key in _SETTINGS.items():
         if then[name] != now[name]:
             yield f"{key} was {then[name]} and is {now[name]}"
+    old, new = (one.get("retrieval") or {} for one in (then, now))
+    for name in dict.fromkeys((*old, *new)):
+        if old.get(name) != new.get(name):
+            yield f"data.retrieval, {name}: was {old.get(name)} and is {new.get(name)}"
     for name in dict.fromkeys((*then["order_seeds"], *now["order_seeds"])):
         old, new = (one["order_seeds"].get(name, one["seed"]) for one in (then, now))
         if old != new:

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megafab.checkpoint import identity, provenance, store
-from megafab.checkpoint.changes import MEANING, changes, shown
+from megafab.checkpoint.changes import MEANING, changes, of_weights, retrieves, shown
 from megafab.checkpoint.config import Carry, CheckpointConfig, StartConfig
 from megafab.checkpoint.pieces import LogicalTensor
 from megafab.checkpoint.snapshot import Background, Snapshot
 from megafab.checkpoint.team import Team
 from megafab.errors import UserError
+from megafab.model.names import is_retro
 from megafab.run import Progress
 from megafab.telemetry.rows import METRICS_FILE
 
@@ -358,7 +359,7 @@ class Checkpoints:
 
     def _begin(self, path: Path, state: Mapping[str, Any], start: StartConfig, where: str) -> Progress:
         """A new run with the weights of the checkpoint at `path`, and what else `start` keeps of it."""
-        model_changes = changes({"model": state["config"]["model"]}, {"model": self._resolved["model"]})
+        model_changes = of_weights(state["config"]["model"], self._resolved["model"])
         _require_same_model(where, model_changes, "take that, or make others of them: megafab ckpt grow")
         changed = identity.tokenizer_differences(state["data"], self._data)
         if changed and not self._config.allow_data_change:
@@ -369,11 +370,20 @@ class Checkpoints:
                 "name a corpus of that tokenizer, or accept it: checkpoint.allow_data_change=true",
             )
         kept = start.optimizer is Carry.keep
+        retrieved, retrieving = map(retrieves, (state["config"]["model"], self._resolved["model"]))
+        if kept and retrieving > retrieved:
+            found, expected = (
+                "weights without the layers that look at neighbours",
+                "moments of all parameters",
+            )
+            raise UserError(f"start.optimizer=keep, {where}", found, expected, "start.optimizer=reset")
         if kept:
             self._require_same_optimizer(path, where)
         position = self._carried_on(state, where) if start.data is Carry.keep else None
         masking = self._masking(path, where)
         told = f", masks of {', '.join(masking)}" if masking else ""
+        if retrieved != retrieving:
+            told += f", layers that look at neighbours {'added' if retrieving else 'left out'}"
         self._message(
             f"starting from {path}: optimizer {start.optimizer.value}, place in the data "
             f"{start.data.value}{told}"
@@ -390,7 +400,8 @@ class Checkpoints:
         wanted = {
             name: tensor
             for name, tensor in tensors.items()
-            if name.startswith(store.WEIGHT) or name in masks or name in mine
+            if (name.startswith(store.WEIGHT) or name in masks or name in mine)
+            and not (retrieving > retrieved and is_retro(name.partition("/")[2]))
         }
         store.load(path, wanted, group=self._group)
         self._engine.load_state_dict(state["engine"] if kept else self._engine.state_dict())

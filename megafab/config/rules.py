@@ -32,7 +32,7 @@ from megafab.config.tree import did_you_mean
 from megafab.engine.capabilities import Feature, mode_of
 from megafab.engine.config import EngineConfig, EngineName, Offload
 from megafab.errors import ConfigError, ConfigErrors
-from megafab.model.config import Position
+from megafab.model.config import Position, RetroConfig
 from megafab.model.shape import ModelShape
 from megafab.optim.config import WHOLE_MATRICES, Count, Fall, OptimName, ScheduleKind
 from megafab.optim.schedules import warmup_steps
@@ -101,6 +101,7 @@ _AT_LEAST_ONE = (
     *("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"),
     *("model.seq_len", "model.vocab", "model.vocab_multiple"),
     *("model.moe.top_k", "model.moe.ffn", "model.moe.every"),
+    *("model.retro.neighbors", "model.retro.retrieved", "model.retro.encoder_layers"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
@@ -110,7 +111,8 @@ _AT_LEAST_ONE = (
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
-    *("model.moe.experts", "model.moe.shared_ffn", "train.seed", "eval.every", "eval.samples"),
+    *("model.moe.experts", "model.moe.shared_ffn", "model.retro.chunk"),
+    *("train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
     *("engine.persistent_parameters", "resilience.check_every"),
     *("checkpoint.every", "checkpoint.keep_every"),
@@ -224,6 +226,63 @@ def _moe_bias(facts: Facts) -> Iterator[Violation]:
 
 
 # -- the mesh ------------------------------------------------------------------------------------------------
+
+
+@rule("retro-off")
+def _retro_off(facts: Facts) -> Iterator[Violation]:
+    retro, retrieval = facts.config.model.retro, facts.config.data.retrieval
+    if retro.chunk:
+        if retrieval is None:
+            found, expected = "data.retrieval=null", "the neighbours of each chunk"
+            fix = (
+                f"megafab data retrieval path={facts.config.data.path} chunk={retro.chunk}, then name it here"
+            )
+            yield Violation(f"model.retro.chunk={retro.chunk}", found, expected, fix)
+        return
+    given = {"data.retrieval": retrieval} if retrieval is not None else {}
+    for name in ("neighbors", "retrieved", "encoder_layers", "layers"):
+        if getattr(retro, name) != getattr(RetroConfig(), name):
+            given[f"model.retro.{name}"] = getattr(retro, name)
+    for key, value in given.items():
+        fix = f"model.retro.chunk=64, for example, or leave {key} out"
+        yield Violation(f"{key}={value}", "model.retro.chunk=0", "a model that looks at neighbours", fix)
+
+
+@rule("retro-layers")
+def _retro_layers(facts: Facts) -> Iterator[Violation]:
+    chosen, count = facts.config.model.retro.layers, facts.config.model.layers
+    if chosen is None or not facts.config.model.retro.chunk:
+        return
+    if not chosen or chosen != sorted(set(chosen)) or not 1 <= chosen[0] <= chosen[-1] <= count:
+        expected = f"layers from 1 to model.layers={count}, ascending, each once"
+        yield Violation(f"model.retro.layers={chosen}", f"{chosen}", expected, "model.retro.layers=null")
+
+
+@rule("retro-lengths")
+def _retro_lengths(facts: Facts) -> Iterator[Violation]:
+    model, p = facts.config.model, facts.config.parallel
+    chunk, retrieved = model.retro.chunk, model.retro.retrieved or 2 * model.retro.chunk
+    if not chunk:
+        return
+    fix = f"model.seq_len={_next_multiple(model.seq_len, chunk)}"
+    yield from _divides("model.seq_len", model.seq_len, f"model.retro.chunk={chunk}", chunk, fix)
+    where = f"model.retro.retrieved={retrieved}"
+    if p.sequence and retrieved % p.tensor:
+        expected = f"a multiple of parallel.tensor={p.tensor}, over which neighbours are split"
+        fix = f"model.retro.retrieved={_next_multiple(retrieved, p.tensor)}, or parallel.sequence=false"
+        yield Violation(where, f"{retrieved}", expected, fix)
+    if model.position is Position.learned and retrieved > model.seq_len:
+        expected = f"at most model.seq_len={model.seq_len}: that many positions are learned"
+        yield Violation(where, f"{retrieved}", expected, f"model.retro.retrieved={model.seq_len}")
+
+
+@rule("retro-context")
+def _retro_context(facts: Facts) -> Iterator[Violation]:
+    if facts.config.model.retro.chunk and facts.config.parallel.context > 1:
+        where, fix = f"parallel.context={facts.config.parallel.context}", "parallel.context=1"
+        found = f"model.retro.chunk={facts.config.model.retro.chunk}"
+        expected = "whole sequences: a chunk's neighbours are looked at by the next chunk, on another rank"
+        yield Violation(where, found, expected, fix)
 
 
 @rule("ranks")

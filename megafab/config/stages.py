@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megafab.checkpoint.changes import MEANING, changes, shown
+from megafab.checkpoint.changes import MEANING, of_weights, shown
 from megafab.checkpoint.config import Carry, GrowConfig, Moments
 from megafab.config import growth, load, rules
 from megafab.config.schema import RunConfig
@@ -282,9 +282,9 @@ def _inheritance(stage: Stage, parent: Stage) -> Iterator[ConfigError]:
             expected, fix = "start.optimizer=keep, for them to be used", "set both, or leave both out"
             yield ConfigError("grow.optimizer=copy", "start.optimizer=reset", expected, fix)
         return
-    then, now = ({"model": to_tree(one.config.model)} for one in (parent, stage))
+    then, now = (to_tree(one.config.model) for one in (parent, stage))
     learned = parent.config.model.position is Position.learned  # a table of that length
-    for key, old, new in changes(then, now):
+    for key, old, new in of_weights(then, now):
         if key in _MODEL or (learned and key == "model.seq_len"):
             found, fix = f"{key}={shown(old)} in stage {parent.name}", "the same value, or grow: {...}"
             yield ConfigError(f"{key}={shown(new)}", found, "the model of the parent", fix)

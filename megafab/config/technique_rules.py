@@ -11,6 +11,7 @@ from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 
+from megafab.checkpoint.changes import shown
 from megafab.config.rule import (
     Facts,
     Range,
@@ -26,6 +27,8 @@ from megafab.config.tree import did_you_mean
 from megafab.data.derived import DIFFICULTY, SCORES
 from megafab.errors import UserError
 from megafab.function import FORM, is_named
+from megafab.model.names import matches, parameter_shapes
+from megafab.optim.config import WHOLE_MATRICES
 from megafab.techniques.config import (
     DifficultyKind,
     MixingMode,
@@ -90,6 +93,41 @@ def _one_mixing_policy(facts: Facts) -> Iterator[Violation]:
         expected, fix = "one technique that decides the mixture", "take one of the two out"
         where = "technique=[online_mixing,dynamic_loading]"
         yield Violation(where, "two that decide the mixture", expected, fix)
+
+
+# They change which tokens a layer computes, or which weights it has.
+_NOT_WITH_NEIGHBORS = ("token_dropping", "sequence_curriculum", "static_sparsity", "gradual_pruning")
+
+
+@rule("techniques-with-retro", relates=False)
+def _techniques_with_retro(facts: Facts) -> Iterator[Violation]:
+    chunk = facts.config.model.retro.chunk
+    for name in _NOT_WITH_NEIGHBORS:
+        if chunk and getattr(facts.config.techniques, name) is not None:
+            found, expected = f"model.retro.chunk={chunk}", "a model that looks at no neighbours"
+            fix = f"take {name} out, or model.retro.chunk=0"
+            yield Violation(f"technique=[{name}]", found, expected, fix)
+
+
+@rule("freezing")
+def _freezing(facts: Facts) -> Iterator[Violation]:
+    freezing, shape = facts.config.techniques.freezing, facts.shape
+    if freezing is None or shape is None:
+        return
+    names = parameter_shapes(shape)
+    where = f"techniques.freezing.trained={shown(freezing.trained)}"
+    for pattern in freezing.trained:
+        if not any(matches(name, [pattern]) for name in names):
+            fix = "a name from megafab ckpt inspect, with * for anything; retrieval needs model.retro.chunk"
+            yield Violation(where, f"no parameter {pattern}", "patterns of names of parameters", fix)
+    trained = sum(matches(name, freezing.trained) for name in names)
+    if trained in (0, len(names)):
+        found = "nothing left to train" if not trained else "every parameter"
+        yield Violation(where, found, "some that are trained and some that are not", "leave freezing out")
+    if facts.config.optim.name in WHOLE_MATRICES:
+        found, fix = f"optim.name={facts.config.optim.name.value}", "optim=adamw"
+        expected = "an optimizer of single elements: one of matrices lets all of them decay"
+        yield Violation("technique=[freezing]", found, expected, fix)
 
 
 def _known(facts: Facts, key: str, names: Iterable[str]) -> Iterator[Violation]:

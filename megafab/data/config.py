@@ -25,6 +25,7 @@ class DataConfig:
     max_epochs: float | None = None  # a domain read this often is left out from then on; null: no limit
     block: int = 1  # samples in a row that come from one domain; train.micro_batch: a domain a micro-batch
     packing: Packing = Packing.document
+    retrieval: str | None = None  # neighbours of the chunks, by `megafab data retrieval`: a name or a path
     prefetch: bool = True  # read the next step's batch in a background thread
 
 

@@ -26,6 +26,7 @@ from megafab.data.config import Packing
 from megafab.data.format import window_count
 from megafab.data.packing import pack
 from megafab.data.plan import Column, DataPlan
+from megafab.data.retrieved import Retrieval
 from megafab.errors import UserError
 from megafab.run import Batch, StepPlan
 
@@ -96,7 +97,7 @@ class Loader:
         self._corpus, self._split, self._seed = corpus, split, seed
         self._seq_len, self._packing = seq_len, packing
         self._data_rank, self._data_ranks = data_rank, data_ranks
-        self._reader = WindowReader(corpus, split, seq_len, packing, self._plan.columns)
+        self._reader = WindowReader(corpus, split, seq_len, packing, self._plan.columns, self._plan.retrieval)
         seeds = self._plan.order_seeds
         self._window_keys_D = np.array(
             [order.stream_key(seeds.get(name, seed), "windows", name) for name in corpus.domains], np.uint64
@@ -213,7 +214,7 @@ class Loader:
                 would repeat some and skip others without a word.
         """
         for what, now in self._order().items():
-            then = state["order"][what]
+            then = state["order"].get(what)
             if then != now:
                 raise UserError(
                     f"the checkpoint's data state, {what}",
@@ -246,6 +247,7 @@ class Loader:
             "block": self._block,
             "order_seeds": self._plan.order_seeds,
             "difficulty": self._plan.difficulty and self._plan.difficulty.fingerprint,
+            "retrieval": self._plan.retrieval and self._plan.retrieval.facts,
         }
 
     def _admit(self, plan: StepPlan) -> tuple[Clusters, ...] | None:
@@ -344,6 +346,7 @@ def validation_batches(
     data_rank: int,
     data_ranks: int,
     micro_batch: int,
+    retrieval: Retrieval | None = None,
 ) -> dict[str, tuple[Batch, ...]]:
     """Each domain's validation micro-batches on this data rank: always the same sequences, none twice.
 
@@ -354,7 +357,7 @@ def validation_batches(
     (their collectives must match) and sums over the mask do not depend on `data_ranks`. A domain with
     nothing to predict has no micro-batches.
     """
-    reader = WindowReader(corpus, "valid", seq_len, packing)
+    reader = WindowReader(corpus, "valid", seq_len, packing, retrieval=retrieval)
     result = {}
     for domain, name in enumerate(corpus.domains):
         # A short split still has the labels it has; one token predicts nothing.
@@ -384,8 +387,9 @@ class WindowReader:
         seq_len: int,
         packing: Packing,
         columns: Mapping[str, Column] | None = None,
+        retrieval: Retrieval | None = None,
     ) -> None:
-        self._columns = columns or {}
+        self._columns, self._retrieval, self._split = columns or {}, retrieval, split
         self._streams = [corpus.domain(split, domain) for domain in range(len(corpus.domains))]
         self._eod, self._seq_len, self._packing = corpus.eod, seq_len, packing
         self.windows_D = np.array([window_count(n, seq_len) for n in corpus.tokens(split)], np.int64)
@@ -419,6 +423,8 @@ class WindowReader:
             columns={
                 name: self._column(column, domain_B, window_B) for name, column in self._columns.items()
             },
+            retrieved=self._retrieval
+            and self._retrieval.read(self._split, domain_B, window_B, self._seq_len),
         )
 
     def _column(self, column: Column, domain_B: np.ndarray, window_B: np.ndarray) -> torch.Tensor:

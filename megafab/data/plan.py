@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megafab.data.format import Corpus
+from megafab.data.retrieved import Retrieval
 
 
 class Column(Protocol):
@@ -37,10 +38,12 @@ class DataPlan:
     """How the training split is going to be read: edit it in `Technique.on_plan`.
 
     `order_seeds` gives domains the order that another run's seed gave them, `columns` are read with every
-    sample into `Batch.columns`, `difficulty` is what `StepPlan.admitted` counts in.
+    sample into `Batch.columns`, `difficulty` is what `StepPlan.admitted` counts in. `retrieval` reads the
+    neighbours of each chunk.
     """
 
     corpus: Corpus
     order_seeds: dict[str, int] = field(default_factory=dict[str, int])
     columns: dict[str, Column] = field(default_factory=dict[str, Column])
     difficulty: Difficulty | None = None
+    retrieval: Retrieval | None = None

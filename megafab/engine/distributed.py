@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
@@ -19,7 +21,7 @@ from megafab.checkpoint.pieces import LogicalTensor
 from megafab.engine.config import EngineConfig
 from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
-from megafab.model.tags import TaggedParameter
+from megafab.model.tags import TaggedParameter, decays
 from megafab.optim import elementwise
 from megafab.optim.config import OptimConfig
 from megafab.topology.groups import Groups
@@ -49,6 +51,7 @@ class Distributed:
         self._core = get_megatron_optimizer(
             _core_config(optim, transformer, engine),
             list[MegatronModule](chunks),
+            config_overrides={ParamKey(with_name_predicate=_CONSTANT): ParamGroupOverride(wd_mult=0.0)},
             use_gloo_process_groups=False,
         )
         # Core chains them: one for dense parameters, one for experts.
@@ -106,6 +109,9 @@ class Distributed:
             gradient_buffers(self._chunks),
             (tensor for s in self.slices for tensor in (s.master.data, *s.state.values())),
         )
+
+
+_CONSTANT = ParamWithNamePredicate("constant", lambda parameter, name: not decays(name, parameter))
 
 
 def gradient_buffers(chunks: Sequence[DistributedDataParallel]) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ from megafab.engine.distributed import gradient_buffers
 from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.shape import ModelShape
-from megafab.model.tags import TaggedParameter
+from megafab.model.tags import TaggedParameter, decays
 from megafab.optim import elementwise
 from megafab.optim.config import OptimConfig, OptimName
 from megafab.optim.matrix import Fusion, MatrixOptimizer, is_layer_matrix
@@ -270,7 +270,7 @@ def _adamw(
 ) -> torch.optim.Optimizer:
     groups: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for (t, _, _), master in zip(ranges, masters, strict=True):
-        groups[elementwise.decays(t.name, t.parameter)].append(master)
+        groups[decays(t.name, t.parameter)].append(master)
     inner = elementwise.make(optim, [{"params": g, "wd_mult": float(d)} for d, g in groups.items()])
     elementwise.prime(inner, masters)
     return inner

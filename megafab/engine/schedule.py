@@ -93,10 +93,9 @@ class Schedule:
         def forward_step(data: Iterator[tuple[int, ModelInputs]], model: torch.nn.Module):
             self._clock.micro_batch, inputs = next(data)
             self._clock.samples = tuple(inputs.rows.sample_B.tolist())
-            output = model(
-                inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
+            return inputs.run(model), lambda logits_LBV: self._sum_loss(
+                logits_LBV, inputs, loss, ledger, step_losses_M
             )
-            return output, lambda logits_LBV: self._sum_loss(logits_LBV, inputs, loss, ledger, step_losses_M)
 
         def micro_batches() -> Iterator[ModelInputs]:
             for start in range(0, count * micro_batch, micro_batch):
@@ -108,7 +107,7 @@ class Schedule:
             data_iterator=[enumerate(micro_batches()) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=count,
-            seq_length=batch.tokens_BL.shape[1],
+            seq_length=_rows(batch),
             micro_batch_size=micro_batch,
             forward_only=forward_only,
         )
@@ -163,6 +162,12 @@ class Schedule:
         if self._groups.counts_loss:  # the other tensor ranks have the same sums
             ledger.record(terms)
         return terms.total(), torch.zeros((), dtype=torch.int, device=platform.device), {}
+
+
+def _rows(batch: Batch) -> int:
+    """The length of what stages send each other: a sequence with its neighbours (`model/retro.py`)."""
+    length = batch.tokens_BL.shape[1]
+    return length if batch.retrieved is None else length + batch.retrieved.tokens_BCKR[0].numel()
 
 
 def _finalize(chunks, num_tokens=None, **kwargs) -> None:

@@ -36,7 +36,7 @@ from megafab.engine.config import EngineConfig, Offload
 from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.gpt import GPT
-from megafab.model.tags import TaggedParameter
+from megafab.model.tags import TaggedParameter, decays
 from megafab.optim import elementwise
 from megafab.optim.config import OptimConfig
 from megafab.platform import platform
@@ -161,11 +161,11 @@ def _param_groups(tagged: Sequence[TaggedParameter]) -> list[dict[str, Any]]:
     chosen: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for t in tagged:
         if t.parameter.requires_grad:
-            key = (t.expert, t.shared, elementwise.decays(t.name, t.parameter))
+            key = (t.expert, t.shared, decays(t.name, t.parameter))
             chosen.setdefault(key, []).append(t.parameter)
     groups = []
-    for (expert, _, decays), parameters in chosen.items():
-        group: dict[str, Any] = {"params": parameters, "wd_mult": float(decays)}
+    for (expert, _, decaying), parameters in chosen.items():
+        group: dict[str, Any] = {"params": parameters, "wd_mult": float(decaying)}
         if expert:
             group.update(moe=True, name=_EXPERTS)
             for parameter in parameters:

@@ -48,6 +48,19 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RetroConfig:
+    """Neighbours from a database, encoded and looked at by some layers (RETRO); off while `chunk` is 0."""
+
+    chunk: int = 0  # tokens of a chunk, as the database was made with
+    neighbors: int = 2  # of each chunk
+    retrieved: int | None = None  # tokens of a neighbour, what follows it included; null: 2 x chunk
+    encoder_layers: int = 2
+    # Decoder layers, from 1, that look at neighbours; null: every third from the sixth on, from the ninth on
+    # where there are more than 15, from the middle on where there are fewer than 6.
+    layers: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -72,3 +85,4 @@ class ModelConfig:
     dropout: float = 0.0  # hidden and attention dropout
     init_std: float = 0.02
     moe: MoEConfig = field(default_factory=MoEConfig)
+    retro: RetroConfig = field(default_factory=RetroConfig)

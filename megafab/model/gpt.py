@@ -1,21 +1,51 @@
 """Megafab's GPT: Megatron-core's GPTModel with position ids that restart, and the loss left to the caller.
 
 Core's model returns either a finished loss or copied logits. Here the last stage hands out its shard of
-the logits as they are, from which the engine and techniques make the loss.
+the logits as they are, from which the engine and techniques make the loss. What was retrieved goes to the
+layers as their `context` (`retro.py`).
+
+Shapes: B sequences, C chunks of a sequence, K neighbours of a chunk, R their tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from megafab.model.rope import rope_table
+from megafab.run import Retrieved
 
 
 class GPT(GPTModel):
     """A decoder-only transformer, or one pipeline chunk of it."""
 
     rope_base: float | None = None  # null: learned positions, added by core's embedding
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: Any,
+        *args,
+        retrieved: Retrieved | None = None,
+        retrieval_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As core's, with the neighbours of each chunk and `retro.retrieval_mask`; null: without."""
+        if retrieved is not None:
+            kwargs["extra_block_kwargs"] = {
+                "context": self._embed(retrieved.tokens_BCKR) if self.pre_process else None,
+                "context_mask": retrieval_mask,
+            }
+        return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+
+    def _embed(self, tokens_BCKR: torch.Tensor) -> torch.Tensor:
+        """The embeddings of neighbours, of which each is a sequence by itself: [R, C x K x B, H]."""
+        ids_NR = tokens_BCKR.permute(1, 2, 0, 3).flatten(0, 2)
+        position_NR = torch.arange(ids_NR.shape[1], device=ids_NR.device).expand_as(ids_NR)
+        return self.embedding(input_ids=ids_NR, position_ids=position_NR)
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)

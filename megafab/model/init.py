@@ -3,7 +3,8 @@
 Each tensor is drawn on the host in bands of rows, every band from its own generator keyed by seed, name
 and band number; a rank draws only the bands its slice touches. Matrices are normal with `init_std`, the
 two projections that write into the residual stream with init_std / sqrt(2 x layers) (Radford et al.
-2019, section 2.3); norm gains are one; biases are zero.
+2019, section 2.3); norm gains are one; biases are zero. So is the projection by which a layer adds what it
+sees of neighbours (`retro.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megafab.model.config import ModelConfig
+from megafab.model.names import is_gate
 from megafab.topology.layout import Block, Layout
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ def _block(
     if len(global_shape) == 1:
         is_norm_gain = "norm" in name.rsplit(".", 2)[-2] and name.endswith("weight")
         return torch.full(block.shape, 1.0 if is_norm_gain else 0.0)
+    if is_gate(name):
+        return torch.zeros(block.shape)
     std = config.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.layers)

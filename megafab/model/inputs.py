@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from megafab.model.attention import attention_mask, context_positions
+from megafab.model.retro import retrieval_mask
 from megafab.platform import platform
-from megafab.run import Batch
+from megafab.run import Batch, Retrieved
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
 
@@ -25,12 +26,14 @@ class ModelInputs:
     loss_mask_BL: torch.Tensor
     position_BL: torch.Tensor
     attention_mask: torch.Tensor | None
+    retrieved: Retrieved | None
+    retrieval_mask: torch.Tensor | None
     domain_B: torch.Tensor
     rows: Batch  # the host micro-batch, this context rank's positions
 
     @staticmethod
     def of(rows: Batch, groups: Groups, method: ContextMethod) -> ModelInputs:
-        """Slice, move to the device and build the mask of the documents there."""
+        """Slice, move to the device and build the masks of documents and neighbours there."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(platform.device, non_blocking=True)
@@ -49,12 +52,27 @@ class ModelInputs:
         if rows_L is not None or not one_document:
             mask = attention_mask(move(document_BS), None if rows_L is None else move(rows_L))
 
+        retrieved = retrieval = None
+        if rows.retrieved is not None:
+            retrieved = Retrieved(move(rows.retrieved.tokens_BCKR), move(rows.retrieved.length_BCK))
+            retrieval = retrieval_mask(move(document_BS), retrieved)
         return ModelInputs(
             tokens_BL=move(rows.tokens_BL),
             labels_BL=move(rows.labels_BL),
             loss_mask_BL=move(rows.loss_mask_BL),
             position_BL=move(rows.position_BL),
             attention_mask=mask,
+            retrieved=retrieved,
+            retrieval_mask=retrieval,
             domain_B=move(rows.domain_B),
             rows=rows,
+        )
+
+    def run(self, model: torch.nn.Module) -> torch.Tensor:
+        """What a model chunk makes of them: hidden states, or logits [L, B, vocabulary / tensor ranks]."""
+        retrieval = {}
+        if self.retrieved is not None:
+            retrieval = {"retrieved": self.retrieved, "retrieval_mask": self.retrieval_mask}
+        return model(
+            self.tokens_BL, self.position_BL, self.attention_mask, labels=self.labels_BL, **retrieval
         )

@@ -35,8 +35,9 @@ from megafab.model.gpt import GPT
 from megafab.model.init import initialize
 from megafab.model.moe import Router
 from megafab.model.norms import Norm as NormLayer
+from megafab.model.retro import Sizes, at_stage_boundary, looks_at_neighbors
 from megafab.model.shape import ModelShape
-from megafab.model.tags import tag_all
+from megafab.model.tags import freeze, tag_all
 from megafab.platform import platform
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
@@ -59,12 +60,14 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 class ModelPlan:
     """Everything that decides the modules; techniques may change any of it.
 
-    `layer_spec(layer)` gives the spec of global layer `layer` (from 0).
+    `layer_spec(layer)` gives the spec of global layer `layer` (from 0), `frozen` the names of parameters that
+    no optimizer is to change.
     """
 
     shape: ModelShape
     transformer: TransformerConfig
     layer_spec: Callable[[int], ModuleSpec]
+    frozen: frozenset[str] = frozenset()
 
 
 def plan(
@@ -88,9 +91,17 @@ def plan(
     """
     transformer = _transformer_config(shape, groups, precision, recompute, sequence_parallel)
     core_attention = type("CoreAttention", (CoreAttention,), {"context_method": context_method})
-    dense = _layer_spec(shape.config, core_attention, MLP_SPEC)
-    sparse = _layer_spec(shape.config, core_attention, _moe_spec(shape.config))
-    return ModelPlan(shape, transformer, lambda layer: sparse if shape.is_moe_layer(layer) else dense)
+    attention = _attention_spec(shape.config, core_attention)
+    specs = _layer_spec(attention, MLP_SPEC), _layer_spec(attention, _moe_spec(shape.config))
+    looking = specs
+    if shape.retro_layers:
+        sizes = _retro_sizes(shape)
+        looking = tuple(looks_at_neighbors(spec, sizes, attention, MLP_SPEC) for spec in specs)
+
+    def layer_spec(layer: int) -> ModuleSpec:
+        return (looking if layer in shape.retro_layers else specs)[shape.is_moe_layer(layer)]
+
+    return ModelPlan(shape, transformer, layer_spec)
 
 
 def build(plan: ModelPlan, groups: Groups, seed: int) -> list[GPT]:
@@ -100,15 +111,18 @@ def build(plan: ModelPlan, groups: Groups, seed: int) -> list[GPT]:
     chunks = []
     for chunk in range(mesh.virtual_pipeline):
         layers = mesh.layers_of(config.layers, stage, chunk)
+        is_first = groups.is_first_stage and chunk == 0
+        is_last = groups.is_last_stage and chunk == mesh.virtual_pipeline - 1
+        specs = [plan.layer_spec(layer) for layer in layers]
+        if config.retro.chunk:
+            _carry_neighbors(specs, _retro_sizes(plan.shape), receives=not is_first, sends=not is_last)
         model = GPT(
             config=plan.transformer,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[plan.layer_spec(layer) for layer in layers], layer_norm=NormLayer
-            ),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=NormLayer),
             vocab_size=plan.shape.vocab,
             max_sequence_length=config.seq_len,
-            pre_process=groups.is_first_stage and chunk == 0,
-            post_process=groups.is_last_stage and chunk == mesh.virtual_pipeline - 1,
+            pre_process=is_first,
+            post_process=is_last,
             parallel_output=True,
             share_embeddings_and_output_weights=config.tied_embeddings,
             position_embedding_type="learned_absolute" if config.position is Position.learned else "none",
@@ -118,8 +132,25 @@ def build(plan: ModelPlan, groups: Groups, seed: int) -> list[GPT]:
             model.rope_base = config.rope_base
         _mark_experts(model)
         chunks.append(model.to(device=platform.device, dtype=plan.transformer.params_dtype))
-    initialize(tag_all(chunks, groups), config, seed)
+    tagged = tag_all(chunks, groups)
+    for t in tagged:
+        if t.name in plan.frozen:
+            freeze(t.parameter)
+    initialize(tagged, config, seed)
     return chunks
+
+
+def _carry_neighbors(specs: list[ModuleSpec], sizes: Sizes, *, receives: bool, sends: bool) -> None:
+    """The layers of a pipeline chunk that meet others': one and the same, where a chunk is one layer."""
+    last = len(specs) - 1
+    for layer in {0, last}:
+        mine = {"receives": receives and layer == 0, "sends": sends and layer == last}
+        if any(mine.values()):
+            specs[layer] = at_stage_boundary(specs[layer], sizes, **mine)
+
+
+def _retro_sizes(shape: ModelShape) -> Sizes:
+    return Sizes.of(shape, rope=shape.config.position is Position.rope)
 
 
 def _mark_experts(model: GPT) -> None:
@@ -226,9 +257,9 @@ def _moe_spec(config: ModelConfig) -> ModuleSpec:
     )
 
 
-def _layer_spec(config: ModelConfig, core_attention: type, mlp: ModuleSpec) -> ModuleSpec:
+def _attention_spec(config: ModelConfig, core_attention: type) -> ModuleSpec:
     head_norm = NormLayer if config.qk_norm else IdentityOp
-    attention = ModuleSpec(
+    return ModuleSpec(
         module=RopeSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -239,6 +270,9 @@ def _layer_spec(config: ModelConfig, core_attention: type, mlp: ModuleSpec) -> M
             k_layernorm=head_norm,
         ),
     )
+
+
+def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

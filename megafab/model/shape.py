@@ -61,6 +61,22 @@ class ModelShape:
         return self.config.moe.experts > 0 and layer % self.config.moe.every == 0
 
     @property
+    def retro_layers(self) -> tuple[int, ...]:
+        """The layers (from 0) that look at neighbours; none without retrieval."""
+        retro, count = self.config.retro, self.config.layers
+        if not retro.chunk:
+            return ()
+        if retro.layers is not None:
+            return tuple(layer - 1 for layer in retro.layers)
+        first = (count + 1) // 2 if count < 6 else 6 if count <= 15 else 9
+        return tuple(range(first - 1, count, 3))
+
+    @property
+    def retrieved(self) -> int:
+        """Tokens of a neighbour, what follows it included."""
+        return self.config.retro.retrieved or 2 * self.config.retro.chunk
+
+    @property
     def attention_matrix_parameters(self) -> int:
         """Weights of one attention block: query, key, value and output projections."""
         queries = self.config.heads * self.head_dim
@@ -70,25 +86,38 @@ class ModelShape:
         return (3 if self.gated else 2) * self.config.hidden * width
 
     @property
+    def _attention_parameters(self) -> int:
+        """One attention block with its biases, without norms."""
+        biases = (self.config.heads + 2 * self.kv_heads) * self.head_dim + self.config.hidden
+        return self.attention_matrix_parameters + (biases if self.config.bias else 0)
+
+    def _mlp_parameters(self, width: int) -> int:
+        biases = width * (2 if self.gated else 1) + self.config.hidden
+        return self._mlp_matrix_parameters(width) + (biases if self.config.bias else 0)
+
+    @property
     def _norm_parameters(self) -> int:
         return self.config.hidden * (2 if self.config.norm is Norm.layernorm else 1)
 
     def layer_parameters(self, layer: int) -> int:
         """All parameters of one layer, every expert included."""
         c = self.config
-        count = self.attention_matrix_parameters + 2 * self._norm_parameters
+        own = self._attention_parameters + 2 * self._norm_parameters
         if c.qk_norm:
-            count += 2 * self.head_dim * (2 if c.norm is Norm.layernorm else 1)
-        if c.bias:
-            count += (c.heads + 2 * self.kv_heads) * self.head_dim + c.hidden
+            own += 2 * self.head_dim * (2 if c.norm is Norm.layernorm else 1)
+        count = own
         widths = [self.ffn]
         if self.is_moe_layer(layer):
             count += c.moe.experts * c.hidden  # the router
             widths = [self.expert_ffn] * c.moe.experts + ([c.moe.shared_ffn] if c.moe.shared_ffn else [])
         for width in widths:
-            count += self._mlp_matrix_parameters(width)
-            if c.bias:
-                count += width * (2 if self.gated else 1) + c.hidden
+            count += self._mlp_parameters(width)
+        looking = self._norm_parameters + self._attention_parameters
+        if layer in self.retro_layers:
+            count += looking
+        if layer in self.retro_layers[:1]:  # it holds the encoder, whose first layer looks at the chunk
+            count += c.retro.encoder_layers * (own + self._mlp_parameters(self.ffn)) + looking
+            count += self._norm_parameters
         return count
 
     @property
@@ -129,6 +158,9 @@ class ModelShape:
             else:
                 matrices += self._mlp_matrix_parameters(self.ffn)
             matrices = density * matrices + router
+            looking, looked = self._retro_work(layer)
+            matrices, attentions = matrices + looking, attentions + looked
+            layers += looked
             tokens = kept.get(layer, length)
             attention = 4.0 * tokens * c.heads * self.head_dim  # query x key and probabilities x value
             # Of the tokens of a sequence only these are computed, and see each other.
@@ -137,3 +169,22 @@ class ModelShape:
         head = 2.0 * self.vocab * c.hidden
         again = {"none": 0.0, "selective": attentions, "full": layers}[recompute]
         return 3.0 * (layers + head) + again
+
+    def _retro_work(self, layer: int) -> tuple[float, float]:
+        """What looking at neighbours adds to a layer for a token of the sequence, in the forward pass.
+
+        Returns: the weights that multiply (each 2 FLOPs), and the FLOPs of attention products. Keys and
+        values are those of retrieved tokens, of which a token has neighbors x retrieved / chunk.
+        """
+        c, retro = self.config, self.config.retro
+        if layer not in self.retro_layers:
+            return 0.0, 0.0
+        width = c.heads * self.head_dim
+        queries, keys = 2 * c.hidden * width, 2 * c.hidden * self.kv_heads * self.head_dim
+        ratio = retro.neighbors * self.retrieved / retro.chunk
+        matrices, attention = queries + ratio * keys, 4.0 * width * retro.neighbors * self.retrieved
+        if layer == self.retro_layers[0]:
+            encoder_layer = self.attention_matrix_parameters + self._mlp_matrix_parameters(self.ffn)
+            matrices += ratio * (retro.encoder_layers * encoder_layer + queries) + keys
+            attention += ratio * 4.0 * width * (retro.encoder_layers * self.retrieved + retro.chunk)
+        return matrices, attention

@@ -75,6 +75,17 @@ def _is_partial(name: str, parameter: torch.nn.Parameter, chunk: GPT) -> bool:
     return by_sequence or by_heads
 
 
+def freeze(parameter: torch.nn.Parameter) -> None:
+    """Mark a parameter that no optimizer is to change; its gradient is for others to leave out."""
+    setattr(parameter, "frozen", True)  # noqa: B010
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases, nor to what is frozen."""
+    frozen = getattr(parameter, "frozen", False)
+    return parameter.dim() > 1 and not name.endswith(".bias") and not frozen
+
+
 def tag_all(chunks: Sequence[GPT], groups: Groups) -> list[TaggedParameter]:
     """The tagged parameters of all chunks of this rank."""
     return [tagged for chunk in chunks for tagged in tag(chunk, groups)]

@@ -20,11 +20,6 @@ MOMENTS: Mapping[OptimName, Mapping[str, str]] = {
 }
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
-    return parameter.dim() > 1 and not name.endswith(".bias")
-
-
 def make(config: OptimConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The elementwise optimizer of `config` over `param_groups`: Lion, or else AdamW.
 

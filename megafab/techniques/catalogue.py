@@ -21,6 +21,7 @@ CLASSES = {
     "sequence_curriculum": "megafab.techniques.sequence_curriculum:SequenceCurriculum",
     "static_sparsity": "megafab.techniques.static_sparsity:StaticSparsity",
     "gradual_pruning": "megafab.techniques.gradual_pruning:GradualPruning",
+    "freezing": "megafab.techniques.freezing:Freezing",
 }
 
 

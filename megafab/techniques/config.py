@@ -227,6 +227,14 @@ class GradualPruningConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FreezingConfig:
+    """`techniques/freezing.py`."""
+
+    # Names of the parameters that are trained, with * for anything, as `megafab ckpt inspect` lists them.
+    trained: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, slots=True)
 class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
 
@@ -242,3 +250,4 @@ class TechniquesConfig:
     sequence_curriculum: SequenceCurriculumConfig | None = None
     static_sparsity: StaticSparsityConfig | None = None
     gradual_pruning: GradualPruningConfig | None = None
+    freezing: FreezingConfig | None = None
