@@ -101,6 +101,18 @@ DIFFICULTY = Kind(
     keys=("metric", "seq_len", "windows"),
     make="make it: megafab data difficulty",
 )
+RETRIEVAL = Kind(
+    folder="retrieval",
+    format="megafab-retrieval",
+    keys=("tokenizer", "chunk", "rows", "encoder", "dim", "index", "search", "shard_rows", "sha256"),
+    make="make it: megafab data retrieval",
+)
+NEIGHBORS = Kind(
+    folder="neighbors",
+    format="megafab-neighbors",
+    keys=("tokenizer", "database", "database_fingerprint", "chunk", "neighbors", "candidates", "sha256"),
+    make="make it: megafab data retrieval",
+)
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:

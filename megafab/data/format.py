@@ -245,6 +245,7 @@ class TokenStream:
         for shard in self._shards:
             self._starts.append(self._starts[-1] + shard.tokens)
         self.tokens = self._starts[-1]
+        self._starts_S = np.array(self._starts)
         self.documents = sum(shard.documents for shard in self._shards)
         # A map holds its file open, and a process may have a thousand files open by default.
         self._map = lru_cache(maxsize=_OPEN_SHARDS)(self._map_shard)
@@ -276,6 +277,46 @@ class TokenStream:
             offsets = pointers[low:high] // ids.itemsize + (at - begin)
             found.append(offsets[offsets > 0])
         return np.concatenate(found)
+
+    def document_bounds(self, start: int, count: int) -> tuple[int, int]:
+        """Where the document of the first of `count` >= 1 tokens begins, and where that of the last ends.
+
+        The end is the position after its EOD.
+
+        Raises:
+            IndexError: the range does not lie within `0..tokens`.
+        """
+        pieces = self._pieces(start, count)
+        shard, begin, _, _ = pieces[0]
+        ids, pointers = self._map(shard)
+        first = bisect_right(pointers, begin * ids.itemsize) - 1
+        low = self._starts[shard] + int(pointers[first]) // ids.itemsize
+        shard, _, end, _ = pieces[-1]
+        ids, pointers = self._map(shard)
+        after = bisect_left(pointers, end * ids.itemsize)
+        size = int(pointers[after]) // ids.itemsize if after < len(pointers) else len(ids)
+        return low, self._starts[shard] + size
+
+    def gather(self, start_N: np.ndarray, count: int) -> np.ndarray:
+        """The ids of many ranges of one length: int64 [N, count].
+
+        Beyond the shard in which a range begins there is EOD only: a document ends before its shard does, so
+        the one that a range begins in is there as far as the range goes.
+
+        Raises:
+            IndexError: a start does not lie within `0..tokens`.
+        """
+        if len(start_N) and not 0 <= int(start_N.min()) <= int(start_N.max()) < self.tokens:
+            raise IndexError(f"starts {start_N.min()}..{start_N.max()} of a stream of {self.tokens}")
+        out = np.empty((len(start_N), count), np.int64)
+        shard_N = np.searchsorted(self._starts_S, start_N, side="right") - 1
+        for shard in sorted(set(shard_N.tolist())):
+            here = np.flatnonzero(shard_N == shard)
+            ids, _ = self._map(shard)
+            at = (start_N[here] - self._starts[shard])[:, None] + np.arange(count)
+            # The last id of a shard is EOD.
+            out[here] = ids[np.minimum(at, len(ids) - 1)]
+        return out
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
         """`(shard, begin, end, at)`: tokens begin..end of a shard land at position `at` of the range."""
