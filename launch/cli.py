@@ -57,6 +57,10 @@ VERBS = {
         "launch.generate", "write text with a checkpoint, to look at",
         "megafab.config.generate:GenerateConfig", "generate",
     ),
+    "perplexity": Verb(
+        "launch.perplexity", "the loss of a checkpoint on held-out text, and what its neighbours are worth",
+        "megafab.config.perplexity:PerplexityConfig", "perplexity",
+    ),
     "score": Verb(
         "launch.score", "the loss of every token of a corpus under a reference model",
         "megafab.config.score:ScoreConfig", "score",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megafab.config import load
 from megafab.config.generate import GenerateConfig, check
-from megafab.errors import UserError
+from megafab.errors import ConfigError, UserError
 
 
 def main(overrides: list[str]) -> int:
@@ -18,9 +18,13 @@ def main(overrides: list[str]) -> int:
     from megafab.platform import platform
 
     checkpoint, run, corpus = chosen(config.checkpoint, config.data)
+    if config.retrieval and not run.model.retro.chunk:
+        found, expected = "a model that looks at no neighbours", "model.retro.chunk in its run"
+        raise ConfigError("retrieval=true", found, expected, "leave retrieval out")
     platform.start(0)
     import torch
 
+    from megafab import retrieval
     from megafab.generate import load_model, sample
     from megafab.topology.groups import shutdown
 
@@ -30,10 +34,12 @@ def main(overrides: list[str]) -> int:
     settings = {k: getattr(config, k) for k in ("tokens", "temperature", "top_k")}
     settings.update(vocab=corpus.vocab_size, eod=corpus.eod)
     generator = torch.Generator().manual_seed(config.seed)
-    texts = [
-        config.prompt + tokenizer.decode(sample(model, prompt, generator=generator, **settings))
-        for _ in range(config.samples)
-    ]
+    source = None if config.retrieval is False else retrieval.of(run, corpus)
+    texts = []
+    for _ in range(config.samples):
+        live = source and retrieval.LiveRetrieval(source, run.model.seq_len, prompt)
+        ids = sample(model, prompt, generator=generator, live=live, **settings)
+        texts.append(config.prompt + tokenizer.decode(ids))
     shutdown()
     print(f"{checkpoint}, temperature {config.temperature}:\n", *texts, sep="\n")
     _write(Path(config.out) if config.out else checkpoint.parent.parent / "sample.txt", texts)

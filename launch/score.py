@@ -21,6 +21,11 @@ def main(overrides: list[str]) -> int:
     if seq_len > run.model.seq_len:
         expected = f"at most the {run.model.seq_len} that the reference was trained with"
         raise ConfigError(f"seq_len={seq_len}", f"{seq_len}", expected, "leave seq_len out")
+    retro = run.model.retro
+    if retro.in_context or (retro.chunk and seq_len % retro.chunk):
+        found = "a reference with passages in its context" if retro.in_context else f"seq_len={seq_len}"
+        expected = f"windows that are chunks of {retro.chunk} tokens and nothing else"
+        raise ConfigError(f"checkpoint={config.checkpoint}", found, expected, "another reference or seq_len")
     from megafab.checkpoint import store
     from megafab.data.derived import MANIFEST, SCORES
     from megafab.score import Job, score

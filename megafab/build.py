@@ -66,6 +66,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     shape = ModelShape.of(config.model, corpus.vocab_size)
     mesh = Mesh.of(config.parallel, ranks)
     groups = topology.initialize(mesh, seed=config.train.seed, timeout_minutes=config.launch.timeout_minutes)
+    window = retrieval.window(config)
     weights = mixture.weights(config.data.mixture, corpus, config.data.temperature)
     schedules = Schedules(
         config.train,
@@ -94,7 +95,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         corpus,
         split="train",
         seed=config.train.seed,
-        seq_len=config.model.seq_len,
+        seq_len=window,
         packing=config.data.packing,
         data_rank=mesh.data_rank(groups.rank),
         data_ranks=mesh.data,
@@ -135,7 +136,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
                 weights=weights,
                 packing=config.data.packing,
                 seed=config.train.seed,
-                seq_len=config.model.seq_len,
+                seq_len=window,
                 block=config.data.block,
             ),
             resolved=plain,
@@ -255,7 +256,7 @@ def _validation(config: RunConfig, data: DataPlan, groups: Groups) -> Validation
     by_domain = validation_batches(
         data.corpus,
         samples_per_domain=config.eval.samples,
-        seq_len=config.model.seq_len,
+        seq_len=retrieval.window(config),
         packing=config.data.packing,
         data_rank=groups.mesh.data_rank(groups.rank),
         data_ranks=groups.mesh.data,

@@ -1,7 +1,8 @@
 """Text from a checkpoint: load the weights on one process, sample token by token.
 
 Without a key-value cache: every token runs the whole window again. It is for looking at a model, not for
-serving one.
+serving one. A model with retrieval is given the neighbours of each whole chunk of what is there so far,
+searched for as soon as the chunk is complete.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megafab.model.gpt import GPT
 from megafab.model.shape import ModelShape
 from megafab.model.tags import tag_all
 from megafab.platform import platform
+from megafab.retrieval import LiveRetrieval
 from megafab.topology import groups as topology
 from megafab.topology.groups import Groups
 from megafab.topology.mesh import Mesh
@@ -81,6 +83,7 @@ def sample(
     top_k: int,
     eod: int,
     generator: torch.Generator,
+    live: LiveRetrieval | None = None,
 ) -> list[int]:
     """Token ids that continue `prompt`, up to `tokens` of them or the end of the document.
 
@@ -92,12 +95,17 @@ def sample(
         top_k: sample among the k most likely; 0 among all.
         eod: the id that ends a document.
         generator: on the host, what the samples are drawn with.
+        live: where neighbours come from, for a model that looks at them; None: it goes without.
     """
     ids = list(prompt)
     for _ in range(tokens):
-        window = torch.tensor([ids[-model.max_sequence_length :]], device=platform.device)
-        positions = torch.arange(window.shape[1], device=platform.device).unsqueeze(0)
-        logits = model(window, positions, None)[0, -1, :vocab].float().cpu()
+        if live is None:
+            window = torch.tensor([ids[-model.max_sequence_length :]], device=platform.device)
+            positions = torch.arange(window.shape[1], device=platform.device).unsqueeze(0)
+            found = model(window, positions, None)[0, -1]
+        else:
+            found = live.logits(model, ids)
+        logits = found[:vocab].float().cpu()
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megafab import retrieval
 from megafab.config.schema import RunConfig
 from megafab.data.format import Corpus
 from megafab.data.loader import WindowReader
@@ -40,7 +41,9 @@ class Scorer:
         self._seq_len, self._micro_batch = seq_len, micro_batch
         self._groups = topology.initialize(Mesh(1), seed=run.train.seed)
         self._model = load_model(run, checkpoint, corpus.vocab_size, groups=self._groups)
-        self._reader = WindowReader(corpus, "train", seq_len, run.data.packing)
+        self._reader = WindowReader(
+            corpus, "train", seq_len, run.data.packing, retrieval=retrieval.of(run, corpus)
+        )
         self._writer = ScoresWriter(out, corpus)
 
     def run(self, domain: int, start: int, count: int) -> tuple[int, float]:

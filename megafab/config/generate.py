@@ -21,6 +21,8 @@ class GenerateConfig:
     top_k: int = 50  # sample among the k most likely; 0: among all
     samples: int = 1
     seed: int = 0
+    # Search the database of the run for what is written; null: where the model looks at neighbours.
+    retrieval: bool | None = None
     data: str | None = None  # corpus directory with the tokenizer; null: that of the run
     out: str | None = None  # also write the text there; null: sample.txt of the run directory
 

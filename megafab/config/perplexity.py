@@ -15,7 +15,9 @@ class PerplexityConfig:
 
     checkpoint: str = MISSING  # a run directory (its newest checkpoint) or a step directory
     data: str | None = None  # corpus directory; null: that of the run
-    retrieval: str | None = None  # neighbours of that corpus, a name or a path; null: the run's data.retrieval
+    retrieval: str | None = (
+        None  # neighbours of that corpus, a name or a path; null: the run's data.retrieval
+    )
     samples: int = 64  # sequences per domain, always the same ones
     micro_batch: int = 4  # sequences per forward pass
     out: str | None = None  # the numbers as JSON; null: perplexity.json of the run directory

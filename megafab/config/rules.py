@@ -240,7 +240,7 @@ def _retro_off(facts: Facts) -> Iterator[Violation]:
             yield Violation(f"model.retro.chunk={retro.chunk}", found, expected, fix)
         return
     given = {"data.retrieval": retrieval} if retrieval is not None else {}
-    for name in ("neighbors", "retrieved", "encoder_layers", "layers"):
+    for name in ("neighbors", "retrieved", "encoder_layers", "in_context", "layers"):
         if getattr(retro, name) != getattr(RetroConfig(), name):
             given[f"model.retro.{name}"] = getattr(retro, name)
     for key, value in given.items():
@@ -271,6 +271,10 @@ def _retro_lengths(facts: Facts) -> Iterator[Violation]:
         expected = f"a multiple of parallel.tensor={p.tensor}, over which neighbours are split"
         fix = f"model.retro.retrieved={_next_multiple(retrieved, p.tensor)}, or parallel.sequence=false"
         yield Violation(where, f"{retrieved}", expected, fix)
+    if model.retro.in_context and (retrieved % chunk or retrieved >= model.seq_len):
+        expected = f"whole chunks of {chunk}, fewer than model.seq_len={model.seq_len}, of which it is a part"
+        fix = f"model.retro.retrieved={_next_multiple(retrieved, chunk)}, or a longer model.seq_len"
+        yield Violation(f"{where} with model.retro.in_context", f"{retrieved}", expected, fix)
     if model.position is Position.learned and retrieved > model.seq_len:
         expected = f"at most model.seq_len={model.seq_len}: that many positions are learned"
         yield Violation(where, f"{retrieved}", expected, f"model.retro.retrieved={model.seq_len}")

@@ -107,6 +107,11 @@ def _techniques_with_retro(facts: Facts) -> Iterator[Violation]:
             found, expected = f"model.retro.chunk={chunk}", "a model that looks at no neighbours"
             fix = f"take {name} out, or model.retro.chunk=0"
             yield Violation(f"technique=[{name}]", found, expected, fix)
+    for name in ("curriculum", "token_selection"):
+        if facts.config.model.retro.in_context and getattr(facts.config.techniques, name) is not None:
+            found, fix = "model.retro.in_context=true", f"take {name} out, or model.retro.in_context=false"
+            expected = "rows that are windows alone, as what it reads was made for"
+            yield Violation(f"technique=[{name}]", found, expected, fix)
 
 
 @rule("freezing")

@@ -24,7 +24,7 @@ from megafab.data import mixture, order
 from megafab.data.clusters import Clusters, Drawn
 from megafab.data.config import Packing
 from megafab.data.format import window_count
-from megafab.data.packing import pack
+from megafab.data.packing import pack, put_in_front
 from megafab.data.plan import Column, DataPlan
 from megafab.data.retrieved import Retrieval
 from megafab.errors import UserError
@@ -412,6 +412,13 @@ class WindowReader:
         packed = pack(window_BW, starts_BW, self._packing)
         for row in np.flatnonzero(labels_B < self._seq_len):
             packed.loss_mask_BL[row, labels_B[row] :] = 0
+        retrieved = None
+        if self._retrieval is not None:
+            retrieved, passages = self._retrieval.read(
+                self._split, domain_B, window_B, self._seq_len, self._continues(domain_B, window_B)
+            )
+            if passages is not None:
+                packed = put_in_front(passages, packed)
         return Batch(
             tokens_BL=torch.from_numpy(packed.tokens_BL),
             labels_BL=torch.from_numpy(packed.labels_BL),
@@ -423,8 +430,17 @@ class WindowReader:
             columns={
                 name: self._column(column, domain_B, window_B) for name, column in self._columns.items()
             },
-            retrieved=self._retrieval
-            and self._retrieval.read(self._split, domain_B, window_B, self._seq_len),
+            retrieved=retrieved,
+        )
+
+    def _continues(self, domain_B: np.ndarray, window_B: np.ndarray) -> np.ndarray:
+        """Whether the document of each window's first token began before it: bool [B]."""
+        starts = (window_B * self._seq_len).tolist()
+        return np.array(
+            [
+                start > 0 and not len(self._streams[domain].document_starts(start - 1, 2))
+                for domain, start in zip(domain_B.tolist(), starts, strict=True)
+            ]
         )
 
     def _column(self, column: Column, domain_B: np.ndarray, window_B: np.ndarray) -> torch.Tensor:

@@ -23,6 +23,41 @@ class Packed:
     document_BL: np.ndarray  # int32
 
 
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """Text to stand in front of windows: tokens [B, P], of which the first `length_B` are text."""
+
+    token_BP: np.ndarray  # int64
+    length_B: np.ndarray  # int64
+
+
+def put_in_front(passages: Passages, packed: Packed) -> Packed:
+    """Rows of passage and window: the window's first document goes on from the passage, as one document.
+
+    A passage stands at the end of its P places; what is before it is a document that nobody sees. Nothing is
+    predicted within it, nor is the first token of the window, which no window predicts.
+    """
+    token_BP, length_B = passages.token_BP, passages.length_B
+    rows, places = token_BP.shape
+    place_P = np.arange(places)
+    start_B1 = places - length_B[:, None]
+    source_BP = np.maximum(place_P - start_B1, 0)
+    first_BL = packed.document_BL == 0
+    tokens_BP = np.take_along_axis(token_BP, source_BP, axis=1)
+    following_BP = np.concatenate([tokens_BP[:, 1:], packed.tokens_BL[:, :1]], axis=1)
+    return Packed(
+        tokens_BL=np.concatenate([tokens_BP, packed.tokens_BL], axis=1),
+        labels_BL=np.concatenate([following_BP, packed.labels_BL], axis=1),
+        loss_mask_BL=np.concatenate([np.zeros((rows, places), np.float32), packed.loss_mask_BL], axis=1),
+        position_BL=np.concatenate(
+            [source_BP, packed.position_BL + np.where(first_BL, length_B[:, None], 0)], axis=1
+        ),
+        document_BL=np.concatenate(
+            [(place_P >= start_B1).astype(np.int32), packed.document_BL + np.int32(1)], axis=1
+        ),
+    )
+
+
 def pack(window_BW: np.ndarray, starts_BW: np.ndarray, packing: Packing) -> Packed:
     """Splits windows into inputs and labels, and says which of the labels count.
 

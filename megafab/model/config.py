@@ -55,6 +55,7 @@ class RetroConfig:
     neighbors: int = 2  # of each chunk
     retrieved: int | None = None  # tokens of a neighbour, what follows it included; null: 2 x chunk
     encoder_layers: int = 2
+    in_context: bool = False  # RETRO++: a row begins with what was retrieved for the chunk before its window
     # Decoder layers, from 1, that look at neighbours; null: every third from the sixth on, from the ninth on
     # where there are more than 15, from the middle on where there are fewer than 6.
     layers: list[int] | None = None

@@ -277,8 +277,8 @@ class Encoder(MegatronModule):
 class ChunkedCrossAttention(CrossAttention):
     """Hidden states to what they see of the neighbours of the chunk before (see above).
 
-    As core's layers call it: the answer has what is `seen` [L, B, H], None where nothing was retrieved, and as
-    `context` the neighbours' encoding for the next layers.
+    As core's layers call it. The answer has what is `seen` [L, B, H], None where nothing was retrieved, and
+    as `context` the neighbours' encoding for the next layers.
     """
 
     def __init__(
