@@ -80,8 +80,8 @@ def check_difficulty(config: DifficultyConfig) -> None:
     """
     loss, metric = config.metric == "loss", config.metric
     problems = [
-        _at_least("workers", config.workers, 1),
-        _at_least("seq_len", config.seq_len, 1),
+        at_least("workers", config.workers, 1),
+        at_least("seq_len", config.seq_len, 1),
         None
         if metric in METRICS or is_named(metric)
         else ConfigError(
@@ -122,10 +122,10 @@ def _problems(config: BuildConfig) -> list[ConfigError | None]:
     path = config.tokenizer.path
     vocab, sample = config.tokenizer.vocab, config.tokenizer.sample_bytes
     return [
-        _at_least("workers", config.workers, 1),
-        _at_least("stdlib_bytes", config.stdlib_bytes, 100_000),
-        _at_least("tokenizer.sample_bytes", sample, 10_000),
-        None if given else _at_least("tokenizer.vocab", vocab, 259),
+        at_least("workers", config.workers, 1),
+        at_least("stdlib_bytes", config.stdlib_bytes, 100_000),
+        at_least("tokenizer.sample_bytes", sample, 10_000),
+        None if given else at_least("tokenizer.vocab", vocab, 259),
         None
         if 0 <= config.valid_fraction < 1
         else ConfigError(
@@ -152,7 +152,8 @@ def _problems(config: BuildConfig) -> list[ConfigError | None]:
     ]
 
 
-def _at_least(key: str, value: int, least: int) -> ConfigError | None:
+def at_least(key: str, value: int, least: int) -> ConfigError | None:
+    """The problem of a value that is smaller than it may be."""
     if value >= least:
         return None
     return ConfigError(f"{key}={value}", "a value too small", f"at least {least}", f"{key}={least}")

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from data_pipeline.config import METRICS, DifficultyConfig, check_difficulty
 from data_pipeline.pool import Pool
 from data_pipeline.progress import Progress
 from data_pipeline.tokenize import Counts
-from data_pipeline.workspace import Workspace, outages_interrupt
+from data_pipeline.workspace import Workspace, is_finished, outages_interrupt, save_array
 from megafab.data.derived import DIFFICULTY
 from megafab.data.difficulty import DifficultyIndex, commit, write_domain
 from megafab.data.format import Corpus, window_count
@@ -62,7 +61,7 @@ def build(config: DifficultyConfig) -> None:
     require_windows(corpus, config.seq_len)
     out = corpus.path / DIFFICULTY.folder / config.out_name
     request = _request(config, corpus)
-    if not _is_finished(out, request, config.overwrite):
+    if not is_finished(DIFFICULTY, out, request, config.overwrite):
         with outages_interrupt(out), Workspace(out, request) as work, Pool(config.workers) as pool:
             _build(config, corpus, request, work, pool)
             work.publish()
@@ -97,19 +96,6 @@ def _request(config: DifficultyConfig, corpus: Corpus) -> dict[str, Any]:
         assert file is not None
         request["function"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return request
-
-
-def _is_finished(out: Path, request: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `out` already is the index asked for; UserError if it is something else."""
-    if not out.exists() or overwrite:
-        return False
-    there = DIFFICULTY.read(out).get("request")
-    if there != request:
-        changed = ", ".join(key for key in request if (there or {}).get(key) != request[key])
-        fix = "another name, or overwrite=true to replace it"
-        raise UserError(str(out), f"an index made from another request ({changed})", "the same request", fix)
-    print(f"{out} is finished. Nothing to do (overwrite=true builds it again).")
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +149,7 @@ def _build(
     )
     ranges = list(_ranges(job, corpus))
     if config.metric == "rarity":
-        _save(surprisal, _surprisal(_count(ranges, corpus, work, pool)))
+        save_array(surprisal, _surprisal(_count(ranges, corpus, work, pool)))
     _measure(ranges, pool)
     work.result.mkdir()
     tasks = [
@@ -187,7 +173,7 @@ def _count(ranges: list[_Range], corpus: Corpus, work: Workspace, pool: Pool) ->
         for one, counts in zip(ranges[done:], pool.map(count_range, ranges[done:]), strict=True):
             sums[:-1] += counts
             sums[-1] += 1
-            _save(path, sums)
+            save_array(path, sums)
             progress.add(one.tokens, Counts(tokens=one.tokens), fresh=True)
     return sums[:-1]
 
@@ -233,14 +219,6 @@ def _report(out: Path, corpus: Corpus, seq_len: int) -> None:
     print(f"{out} is finished: difficulty by {index.manifest['metric']}")
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)
-
-
 # What follows runs in the workers.
 
 
@@ -263,7 +241,7 @@ def measure_range(one: _Range) -> int:
         if one.job.metric == "loss":
             fix = f"scores of every window: megafab score with seq_len={one.job.seq_len}"
         raise UserError(where, found, "a finite number for every window", fix)
-    _save(one.path, values_N.astype(np.float32))
+    save_array(one.path, values_N.astype(np.float32))
     return one.tokens
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.pool import Interrupted
+from megafab.data.derived import Kind
 from megafab.errors import UserError
 
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
@@ -35,6 +38,31 @@ def outages_interrupt(out: Path) -> Generator[None]:
         raise Interrupted(
             where, f"'{os.strerror(error.errno)}'", "readable input, room for output", fix
         ) from None
+
+
+def is_finished(kind: Kind, out: Path, request: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the derived directory `out` already is the one asked for.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not out.exists() or overwrite:
+        return False
+    there = kind.read(out).get("request")
+    if there != request:
+        changed = ", ".join(key for key in request if (there or {}).get(key) != request[key])
+        found, expected = f"a {kind.format} made from another request ({changed})", "the same request"
+        raise UserError(str(out), found, expected, "another name, or overwrite=true to replace it")
+    print(f"{out} is finished. Nothing to do (overwrite=true builds it again).")
+    return True
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
 
 
 class Workspace:

@@ -53,6 +53,10 @@ VERBS = {
         "launch.difficulty", "how hard each window of a corpus is, for curricula",
         "data_pipeline.config:DifficultyConfig", "difficulty",
     ),
+    "data retrieval": Verb(
+        "launch.retrieval", "chunks to retrieve, and those near each chunk of a corpus, for RETRO",
+        "data_pipeline.retrieval_config:RetrievalConfig", "retrieval",
+    ),
     "generate": Verb(
         "launch.generate", "write text with a checkpoint, to look at",
         "megafab.config.generate:GenerateConfig", "generate",

@@ -91,11 +91,14 @@ class Database:
         tokens_NL[ended_NL] = self.corpus.eod
         return tokens_NL, length - ended_NL.sum(axis=1)
 
-    def rows_between(self, domain: int, begin: int, end: int) -> tuple[int, int]:
-        """`low, high`: rows `low:high` are those that begin at tokens `begin:end` of a domain's stream."""
-        first, last = int(self._first_D[domain]), int(self._first_D[domain + 1])
-        low, high = np.searchsorted(self._starts[first:last], (begin, end))
-        return first + int(low), first + int(high)
+    def rows_between(self, domain: int, begin: Any, end: Any) -> tuple[Any, Any]:
+        """`low, high`: rows `low:high` are those that begin at tokens `begin:end` of a domain's stream.
+
+        For two integers, or for two arrays of them.
+        """
+        first, last = self._first_D[domain], self._first_D[domain + 1]
+        starts = self._starts[first:last]
+        return first + np.searchsorted(starts, begin), first + np.searchsorted(starts, end)
 
     def search(self, texts_ids: Sequence[np.ndarray], count: int) -> np.ndarray:
         """The rows nearest to some texts, now: int64 [Q, count], the nearest first, -1 for no more.
@@ -124,7 +127,7 @@ class Database:
     def _index(self) -> ShardedIndex:
         from megafab.data.index import ShardedIndex
 
-        return ShardedIndex.open(self.path, self.manifest)
+        return ShardedIndex.of(self.path, self.manifest)
 
 
 class Neighbors:
@@ -167,7 +170,7 @@ class Neighbors:
             found, fix = f"chunks of {manifest['chunk']} tokens", f"{NEIGHBORS.make} chunk={chunk}"
             raise UserError(str(path), found, f"chunks of {chunk}", fix)
         database = Database.open(RETRIEVAL.directory(corpus.path, manifest["database"]))
-        require_tokenizer(database, corpus)
+        require_tokenizer(database.corpus, corpus)
         if database.fingerprint != manifest["database_fingerprint"]:
             raise UserError(
                 str(path),
@@ -188,6 +191,10 @@ class Neighbors:
             "index": self.database.manifest["index"],
             "kept": self.kept,
         }
+
+    def rows(self, split: str, domain: int) -> np.ndarray:
+        """The rows kept for every query chunk of a domain's stream: int64 [C, K], -1 for no more."""
+        return self._rows[split][domain]
 
     def read(
         self, split: str, domain: int, start: int, chunks: int, *, count: int, wrong: bool = False
@@ -217,7 +224,7 @@ class Neighbors:
             stream = self._streams[split][domain]
             window = min(chunks * self.chunk + 1, stream.tokens - start)
             low, high = self.database.rows_between(domain, *stream.document_bounds(start, window))
-        rows_CK = without(rows_CK, np.array(low), np.array(high))[:, :count]
+        rows_CK = _without(rows_CK, low, high)[:, :count]
         if not wrong:
             return rows_CK
         number_CK = (first + np.arange(chunks))[:, None] * self.kept + np.arange(count)
@@ -233,32 +240,26 @@ def neighbors_file(split: str, domain: str) -> str:
     return f"{split}-{domain}.npy"
 
 
-def require_tokenizer(database: Database, corpus: Corpus) -> None:
-    """Refuses to retrieve for a corpus whose ids mean something else in the database.
+def require_tokenizer(database: Corpus, corpus: Corpus) -> None:
+    """Refuses to retrieve for a corpus whose ids mean something else in that of the database.
 
     Raises:
         UserError: the tokenizers differ.
     """
-    theirs, ours = database.manifest["tokenizer"], corpus.tokenizer_fingerprint
+    theirs, ours = database.tokenizer_fingerprint, corpus.tokenizer_fingerprint
     if theirs != ours:
-        found, expected = f"a database of the tokenizer {theirs[:12]}", f"one of the tokenizer {ours[:12]}"
+        found, expected = f"text of the tokenizer {theirs[:12]}", f"text of the tokenizer {ours[:12]}"
         fix = (
             f"build both with one: megafab data ... tokenizer.type=file tokenizer.path={corpus.tokenizer_dir}"
         )
         raise UserError(str(database.path), found, f"{expected}, as {corpus.path} has", fix)
 
 
-def without(rows_CK: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Rows that are -1 or in `low:high` moved to the end of their chunk as -1, the others in their order.
-
-    Args:
-        rows_CK: int64.
-        low: int64, of each chunk [C, 1] or of all.
-        high: as `low`.
-    """
+def _without(rows_CK: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Rows in `low:high` left out, the others moved up in their order, -1 behind them."""
     dropped_CK = (rows_CK < 0) | ((rows_CK >= low) & (rows_CK < high))
-    kept_first_CK = np.argsort(dropped_CK, axis=1, kind="stable")
-    return np.take_along_axis(np.where(dropped_CK, -1, rows_CK), kept_first_CK, axis=1)
+    others_first_CK = np.argsort(dropped_CK, axis=1, kind="stable")
+    return np.take_along_axis(np.where(dropped_CK, -1, rows_CK), others_first_CK, axis=1)
 
 
 def _array(path: Path, shape: tuple[int, ...], make: str) -> np.ndarray:

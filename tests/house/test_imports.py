@@ -70,6 +70,10 @@ DATA_PIPELINE_MAY_IMPORT = (
     "megafab.data.derived",  # the formats of what it derives from a corpus, as that of the corpus itself
     "megafab.data.difficulty",
     "megafab.data.scores",
+    "megafab.data.retrieval",
+    "megafab.data.encoders",
+    "megafab.data.index",
+    "megafab.data.order",
 )
 # Nouns and sections: importable from everywhere.
 SHARED = ("megafab.errors", "megafab.run")
@@ -88,6 +92,7 @@ CONFINED = {
     ),  # and every config.py, for MISSING
     "wandb": ("megafab.telemetry",),
     "datasets": ("data_pipeline",),
+    "faiss": ("megafab.data.index",),
     "torch.distributed": (
         *(
             "megafab.platform",
@@ -229,8 +234,9 @@ def test_devices_are_named_in_one_place(module: str):
 
 
 def test_a_configuration_is_checked_without_torch():
-    modules = "launch.cli, launch.ranks, launch.train, data_pipeline.config, " + ", ".join(
-        f"megafab.config.{name}" for name in ("load", "rules", "docs", "generate")
+    modules = (
+        "launch.cli, launch.ranks, launch.train, data_pipeline.config, data_pipeline.retrieval_config, "
+        + ", ".join(f"megafab.config.{name}" for name in ("load", "rules", "docs", "generate"))
     )
     heavy = ("torch", "numpy", "megatron", "wandb", "datasets", "hydra", "rich")
     program = f"import sys, {modules}; print([name for name in {heavy!r} if name in sys.modules])"

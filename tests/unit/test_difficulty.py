@@ -130,7 +130,7 @@ def test_a_function_of_the_users(
     assert "is finished. Nothing to do" in capsys.readouterr().out
     module.write_text("def distinct(window_W):\n    return 1\n")
     assert run(corpus, "metric=my_metric:distinct") == 2
-    assert "found an index made from another request (function)" in capsys.readouterr().err
+    assert "found a megafab-difficulty made from another request (function)" in capsys.readouterr().err
     assert run(corpus, "workers=1", "metric=my_metric:distinct", "overwrite=true") == 0
 
 
