@@ -1,4 +1,4 @@
-"""`megafab perplexity`: the loss of a checkpoint on held-out text, with neighbours, with wrong ones, without."""
+"""`megafab perplexity`: the loss of a checkpoint on held-out text, and what its neighbours are worth."""
 
 from __future__ import annotations
 

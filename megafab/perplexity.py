@@ -60,7 +60,7 @@ class Domain:
     """What was measured on one domain.
 
     `modes` has the loss with neighbours (`on`), without (`off`), and with wrong ones; a model without
-    retrieval has `off` alone. `below` has the first two on chunks whose overlap is at most each of `OVERLAPS`.
+    retrieval has `off` alone. `below` has the first two on chunks with at most the overlaps of `OVERLAPS`.
     """
 
     modes: dict[str, Sums] = field(default_factory=dict[str, Sums])

@@ -46,8 +46,8 @@ def window(config: RunConfig) -> int:
 class LiveRetrieval:
     """A model's neighbours of text as it is written.
 
-    A window is whole chunks: what is missing of the last one is filled up, seen by nothing before it. It begins
-    with a chunk's first token, so that each chunk is searched for once.
+    A window is whole chunks: what is missing of the last one is filled up, seen by nothing before it. It
+    begins with a chunk's first token, so that each chunk is searched for once.
 
     Args:
         retrieval: how the model's windows are read; its database is searched.

@@ -467,7 +467,8 @@ def expressing(shape: ModelShape) -> Architecture:
     Raises:
         UserError: none is it; says for each what stands in the way.
     """
-    reasons = {architecture: list(architecture.refusals(shape)) for architecture in ARCHITECTURES}
+    of_all = [f"model.retro.chunk={shape.config.retro.chunk}"] if shape.config.retro.chunk else []
+    reasons = {one: [*of_all, *one.refusals(shape)] for one in ARCHITECTURES}
     for architecture, refusals in reasons.items():
         if not refusals:
             return architecture

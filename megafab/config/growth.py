@@ -116,6 +116,9 @@ def _heads(parent: ModelShape, config: GrowConfig) -> tuple[int, int]:
 def _sizes(parent: ModelShape, config: GrowConfig, ids: int) -> Iterator[ConfigError]:
     """Sizes that do not grow, or do not fit each other."""
     model, moe = parent.config, parent.config.moe
+    if model.retro.chunk:
+        found, expected = f"model.retro.chunk={model.retro.chunk}", "a parent without retrieval"
+        yield ConfigError("growth", found, expected, "grow the model first, then add retrieval to it")
     present = {"layers": model.layers, "hidden": model.hidden, "heads": model.heads}
     present |= {"kv_heads": parent.kv_heads, "ffn": parent.ffn, "vocab": ids}
     asked = {key: getattr(config, key) for key in SIZES}

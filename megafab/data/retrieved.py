@@ -19,7 +19,7 @@ from megafab.run import Retrieved
 
 
 class Shown(Enum):
-    """What stands where neighbours are read: those found, chunks drawn at random in their place, or nothing."""
+    """What stands where neighbours are read: those found, chunks drawn at random, or nothing."""
 
     found = "found"
     wrong = "wrong"

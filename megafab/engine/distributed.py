@@ -7,13 +7,13 @@ are gathered.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
@@ -51,7 +51,7 @@ class Distributed:
         self._core = get_megatron_optimizer(
             _core_config(optim, transformer, engine),
             list[MegatronModule](chunks),
-            config_overrides={ParamKey(with_name_predicate=_CONSTANT): ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={ParamKey(with_name_predicate=_CONSTANT): _NO_DECAY},
             use_gloo_process_groups=False,
         )
         # Core chains them: one for dense parameters, one for experts.
@@ -111,6 +111,7 @@ class Distributed:
         )
 
 
+_NO_DECAY: Any = {"wd_mult": 0.0}  # a key that core annotates, but not among its own
 _CONSTANT = ParamWithNamePredicate("constant", lambda parameter, name: not decays(name, parameter))
 
 
