@@ -95,7 +95,7 @@ class Retrieval:
                     wrong=self.shown is Shown.wrong,
                 )
         tokens, lengths = self.neighbors.database.read(row_BCK.reshape(-1), self.length)
-        token_BCKR, length_BCK = tokens.reshape(*row_BCK.shape, -1), lengths.reshape(row_BCK.shape)
+        token_BCKR, length_BCK = tokens.reshape(*row_BCK.shape, self.length), lengths.reshape(row_BCK.shape)
         passages = None
         if self.in_context:
             passages = Passages(token_BCKR[:, 0, 0], length_BCK[:, 0, 0])
