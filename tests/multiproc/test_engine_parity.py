@@ -57,6 +57,14 @@ GPT_LAYOUTS = {
 }
 
 
+def quick(layouts):
+    """The layouts as parameters. Several axes at once take minutes of two cores: test_capabilities has some."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if world > 2 and len(overrides) > 1 else ())
+        for name, (world, overrides) in layouts.items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def run(trained):
     """Train; the rows of its metrics."""
@@ -87,19 +95,19 @@ def assert_same_curve(found, expected, tolerance=1e-5):
     assert math.isclose(found[-1]["valid_loss"], expected[-1]["valid_loss"], rel_tol=tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS))
 def test_llama_equals_one_rank(layout, run, single):
     world, overrides = LAYOUTS[layout]
     assert_same_curve(run(world, *overrides), single())
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize("layout", quick(MOE_LAYOUTS))
 def test_mixture_of_experts_equals_one_rank(layout, run, single):
     world, overrides = MOE_LAYOUTS[layout]
     assert_same_curve(run(world, *MOE, *overrides), single(*MOE))
 
 
-@pytest.mark.parametrize("layout", GPT_LAYOUTS)
+@pytest.mark.parametrize("layout", quick(GPT_LAYOUTS))
 def test_gpt_with_tied_embeddings_equals_one_rank(layout, run, single):
     world, overrides = GPT_LAYOUTS[layout]
     assert_same_curve(run(world, *GPT, *overrides), single(*GPT))

@@ -12,8 +12,8 @@ from megafab.engine.config import Offload
 from megafab.run import Action, Progress, Verdict
 
 VERIFIED = [mode for mode in MODES if mode.verified]
-# Stage 1 and stage 3 with their optimizer offloaded take the ways that the others take.
-SLOW = ("ZeRO 1, offload optimizer", "ZeRO 3, offload optimizer")
+# Stage 1, and stage 3 with something offloaded, take the ways that the others take.
+SLOW = ("ZeRO 1", "ZeRO 1, offload optimizer", "ZeRO 3, offload optimizer", "ZeRO 3, offload parameters")
 EACH = [
     pytest.param(mode, id=mode.name, marks=[pytest.mark.slow] if mode.name in SLOW else [])
     for mode in VERIFIED

@@ -53,7 +53,6 @@ MEGATRON = "megatron"
 PAIRS = [
     ("dense", MEGATRON, "data 3", MEGATRON, "data 3"),
     ("dense", MEGATRON, "data 3", MEGATRON, "context 2"),
-    ("dense", MEGATRON, "data 1", MEGATRON, "tensor 4"),
     ("dense", MEGATRON, "tensor 2 x pipeline 2", MEGATRON, "tensor 2 x pipeline 2"),
     ("dense", MEGATRON, "tensor 2 x pipeline 2", MEGATRON, "data 3"),
     ("dense", MEGATRON, "pipeline 2, interleaved", MEGATRON, "tensor 2"),
@@ -66,6 +65,7 @@ PAIRS = [
     ("dense", "zero 1", "data 3", MEGATRON, "tensor 2"),
 ]
 MORE_PAIRS = [
+    ("dense", MEGATRON, "data 1", MEGATRON, "tensor 4"),
     ("dense", MEGATRON, "data 3", MEGATRON, "data 2"),
     ("dense", MEGATRON, "data 1", MEGATRON, "data 3"),
     ("dense", MEGATRON, "tensor 2 x pipeline 2", MEGATRON, "pipeline 4"),
