@@ -58,7 +58,7 @@ GPT_LAYOUTS = {
 
 
 def quick(layouts):
-    """The layouts as parameters. Several axes at once take minutes of two cores: test_capabilities has some."""
+    """The layouts as parameters. Several axes at once take minutes; test_capabilities has some of them."""
     return [
         pytest.param(name, marks=pytest.mark.slow if world > 2 and len(overrides) > 1 else ())
         for name, (world, overrides) in layouts.items()
