@@ -9,6 +9,7 @@ Shape suffixes: Q queries, E length of a vector, K rows asked for.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,5 @@ def _inner(index: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what faiss says, without the place in its source."""
-    text = str(error).strip().splitlines()[-1]
-    return text.rpartition("Error: ")[2] or text
+    """What faiss says, without the place in its source."""
+    return re.split(r" at \S+:\d+: ", str(error).strip())[-1].splitlines()[-1]
