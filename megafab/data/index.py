@@ -137,7 +137,7 @@ class ShardedIndex:
         if number not in self._opened:
             self._opened[number] = self._open(self.files[number])
         scores_QK, rows_QK = self._opened[number].search(queries_QE, count)
-        found_QK = (rows_QK >= 0) & queries_QE.any(axis=1)[:, None]
+        found_QK = (rows_QK >= 0) & np.any(queries_QE, axis=1, keepdims=True)
         rows_QK = np.where(found_QK, rows_QK + number * self._shard_rows, -1)
         return np.where(found_QK, scores_QK, np.float32(-np.inf)), rows_QK
 

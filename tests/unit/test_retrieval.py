@@ -17,7 +17,7 @@ from training import build_corpus
 from data_pipeline import chunks, database, neighbors
 from launch import cli
 from megafab.data.derived import MANIFEST, NEIGHBORS, RETRIEVAL
-from megafab.data.encoders import tfidf_features
+from megafab.data.encoders import document_frequencies, idf, tfidf_features
 from megafab.data.format import SPLITS, Corpus
 from megafab.data.retrieval import STARTS, Database, Neighbors
 from megafab.data.tokenizer import Tokenizer
@@ -192,6 +192,10 @@ def test_features_of_tfidf_are_ids_and_pairs() -> None:
     assert ab == again
     assert ba == ef != ab
     assert {ab, ba} <= set(range(10, 1010))
+    counts = document_frequencies(texts, 10)
+    assert counts[:10].tolist() == [0, 0, 0, 0, 0, 2, 2, 0, 0, 1]
+    assert sorted(counts[10:][counts[10:] > 0].tolist()) == [1, 2]
+    assert idf(counts, 4)[[0, 5, 9]] == pytest.approx(np.log([5, 5 / 3, 5 / 2]))
 
 
 def test_a_window_does_not_see_its_own_documents(built: Corpus) -> None:
