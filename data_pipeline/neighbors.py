@@ -35,11 +35,11 @@ def build(config: RetrievalConfig, corpus: Corpus, database: Database, pool: Poo
         UserError: see `data_pipeline.retrieval.build`.
     """
     out = corpus.path / NEIGHBORS.folder / config.out_name
-    own = database.corpus.fingerprint == corpus.fingerprint
+    beside = database.corpus.path == corpus.path.absolute()
     request = {
         "corpus": corpus.fingerprint,
         # Beside its neighbours it is found by its name, wherever the corpus is moved.
-        "database": database.path.name if own else str(database.path),
+        "database": database.path.name if beside else str(database.path),
         "database_fingerprint": database.fingerprint,
         "neighbors": config.neighbors,
         "candidates": config.candidates,

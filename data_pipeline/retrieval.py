@@ -1,8 +1,8 @@
 """`megafab data retrieval`: a database of chunks, and for each chunk of a corpus those that are near it.
 
-What rows, query chunks and neighbours are is said in `megafab/data/retrieval.py`. The database is built by
-`database.py`, the neighbours are found by `neighbors.py`; each is left as it is where it is finished, and goes
-on after a kill, as work happens beside the result (`workspace.py`).
+What rows, query chunks and neighbours are is said in `megafab/data/retrieval.py`. `database.py` builds the
+database, `neighbors.py` finds the neighbours. Each is left as it is where it is finished, and goes on after a
+kill: work happens beside the result (`workspace.py`).
 """
 
 from __future__ import annotations

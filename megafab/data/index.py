@@ -9,6 +9,7 @@ Shape suffixes: Q queries, E length of a vector, K rows asked for.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class ShardedIndex:
         if number not in self._opened:
             self._opened[number] = self._open(self.files[number])
         scores_QK, rows_QK = self._opened[number].search(queries_QE, count)
-        found_QK = (rows_QK >= 0) & queries_QE.any(axis=1)[:, None]
+        found_QK = (rows_QK >= 0) & np.any(queries_QE, axis=1, keepdims=True)
         rows_QK = np.where(found_QK, rows_QK + number * self._shard_rows, -1)
         return np.where(found_QK, scores_QK, np.float32(-np.inf)), rows_QK
 
@@ -182,6 +183,5 @@ def _inner(index: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what faiss says, without the place in its source."""
-    text = str(error).strip().splitlines()[-1]
-    return text.rpartition("Error: ")[2] or text
+    """What faiss says, without the place in its source."""
+    return re.split(r" at \S+:\d+: ", str(error).strip())[-1].splitlines()[-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import check_difficulty
+from data_pipeline.retrieval_config import check_retrieval
 from launch import cli
 from megafab.config import load, rules
 from megafab.engine import capabilities
@@ -86,6 +87,8 @@ def test_shown_commands_are_valid(command):
         rules.check_all(config, ranks=1, corpus=None)
     if name == "data difficulty":
         check_difficulty(config)
+    if name == "data retrieval":
+        check_retrieval(config)
 
 
 def test_the_quickstart_of_the_other_engine_has_a_place_of_its_own():

@@ -89,6 +89,7 @@ CONFINED = {
         "megafab.config.load",
         "megafab.config.generate",
         "megafab.config.score",
+        "data_pipeline.retrieval_config",
     ),  # and every config.py, for MISSING
     "wandb": ("megafab.telemetry",),
     "datasets": ("data_pipeline",),

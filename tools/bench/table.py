@@ -1,7 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
-        [engines] [token_dropping] [data_techniques]
+        [engines] [token_dropping] [data_techniques] [retrieval]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -20,6 +20,7 @@ import engines
 import optimizers
 import overhead
 import peers
+import retrieval
 import startup
 import token_dropping
 
@@ -59,6 +60,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "engines": engines.report,
     "token_dropping": token_dropping.report,
     "data_techniques": data_techniques.report,
+    "retrieval": retrieval.report,
 }
 
 
