@@ -17,7 +17,7 @@ from training import build_corpus
 from data_pipeline import chunks, database, neighbors
 from launch import cli
 from megafab.data.derived import MANIFEST, NEIGHBORS, RETRIEVAL
-from megafab.data.encoders import document_frequencies, idf, tfidf_features
+from megafab.data.encoders import TfIdf, document_frequencies, idf
 from megafab.data.format import SPLITS, Corpus
 from megafab.data.retrieval import STARTS, Database, Neighbors
 from megafab.data.tokenizer import Tokenizer
@@ -183,19 +183,23 @@ def test_neighbors_are_those_of_brute_force(built: Corpus) -> None:
     assert without_text > 0
 
 
-def test_features_of_tfidf_are_ids_and_pairs() -> None:
+def test_tfidf_weighs_ids_by_how_rare_they_are() -> None:
+    """Its vectors are sums of what single ids have, and nearly orthogonal for different ids."""
     texts = [np.array([5, 6, 5, 6]), np.array([], np.int64), np.array([6, 5]), np.array([9])]
-    features, first = tfidf_features(texts, 10, 1000)
-    assert first.tolist() == [0, 7, 7, 10]
-    (a, b, c, d, ab, ba, again), (e, f, ef), (g,) = features[:7], features[7:10], features[10:]
-    assert [a, b, c, d, e, f, g] == [5, 6, 5, 6, 6, 5, 9]
-    assert ab == again
-    assert ba == ef != ab
-    assert {ab, ba} <= set(range(10, 1010))
     counts = document_frequencies(texts, 10)
-    assert counts[:10].tolist() == [0, 0, 0, 0, 0, 2, 2, 0, 0, 1]
-    assert sorted(counts[10:][counts[10:] > 0].tolist()) == [1, 2]
-    assert idf(counts, 4)[[0, 5, 9]] == pytest.approx(np.log([5, 5 / 3, 5 / 2]))
+    assert counts.tolist() == [0, 0, 0, 0, 0, 2, 2, 0, 0, 1]
+    weights = idf(counts, 4)
+    assert weights[[0, 5, 9]] == pytest.approx(np.log([5, 5 / 3, 5 / 2]))
+    encoder = TfIdf(weights, 1 << 14)
+    five, six, both, nine, none = encoder.embed(
+        [*map(np.array, ([5], [6], [9, 5, 9], [9])), np.empty(0, np.int64)]
+    )
+    assert np.linalg.norm([five, six, both, nine], axis=1) == pytest.approx(1)
+    assert five @ six == pytest.approx(0, abs=0.04)
+    length = np.hypot(weights[5], 2 * weights[9])
+    assert both @ five == pytest.approx(weights[5] / length, abs=0.04)
+    assert both @ nine == pytest.approx(2 * weights[9] / length, abs=0.04)
+    assert not none.any()
 
 
 def test_a_window_does_not_see_its_own_documents(built: Corpus) -> None:
