@@ -98,7 +98,7 @@ class TfIdf:
 
     A text's vector is the sum of `idf_v * s_v` over its ids v, with `s_v` in {-1, 1}^E drawn by a hash: inner
     products are those of V-long vectors up to an error of about 1 / sqrt(E) (Achlioptas 2003,
-    "Database-friendly random projections"). Pairs of neighbouring ids as further terms found worse neighbours.
+    "Database-friendly random projections"). Pairs of neighbouring ids as further terms made it worse.
 
     Args:
         idf_V: float32, what `idf` returns.
