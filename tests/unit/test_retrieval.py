@@ -313,6 +313,27 @@ def calls_of_a_build(corpus: Corpus, name: str, module: object) -> int:
     return ranges * (files if name == "_search_range" else 1)
 
 
+def test_nothing_of_another_request_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted where rows are counted and the index is trained; then chunks are shorter."""
+    corpus, fresh = random_corpus(tmp_path / "corpus"), random_corpus(tmp_path / "fresh")
+    options = ("index=IVF2,Flat", "train_rows=100", "name=one")
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_add", interrupt)
+        assert run(corpus, *options) == cli.INTERRUPTED
+    left = {path.name for path in (corpus.path / "retrieval" / ".one.building").iterdir()}
+    assert left >= {"counts.npy", "idf.npy", "trained.faiss"}
+    for one in (corpus, fresh):
+        assert run(one, *options, "chunk=4") == 0
+    assert "leftovers of a build of another request: starting over" in capsys.readouterr().out
+    assert files_of(corpus, "one") == files_of(fresh, "one")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_killed_build_continues_and_workers_do_not_matter(built: Corpus, tmp_path: Path) -> None:
     """Killed on one process while it embeds, finished on two."""
     slow = tmp_path / "slow.py"
