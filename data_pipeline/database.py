@@ -2,7 +2,7 @@
 
     request -> rows and counts (parallel) -> embeddings (parallel) -> trained index -> its files -> rename
 
-Shape suffixes: N rows of a range, F features of tfidf, E length of an embedding.
+Shape suffixes: N rows of a range, V token ids, E length of an embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_pipeline.tokenize import Counts
 from data_pipeline.workspace import Workspace, is_finished, outages_interrupt, save_array
 from megafab.data import encoders, index, order
 from megafab.data.derived import RETRIEVAL
-from megafab.data.encoders import IDF, PAIRS, Encoder
+from megafab.data.encoders import IDF, Encoder
 from megafab.data.format import Corpus
 from megafab.data.retrieval import STARTS, Database
 from megafab.errors import UserError
@@ -61,7 +61,7 @@ def _request(config: RetrievalConfig, corpus: Corpus) -> dict[str, Any]:
     return {
         "corpus": corpus.fingerprint,
         "chunk": config.chunk,
-        "encoder": encoders.settings(config.encoder, config.encoder_model, config.dim or DIM, corpus),
+        "encoder": encoders.settings(config.encoder, config.encoder_model, config.dim or DIM),
         "index": config.index,
         "train_rows": config.train_rows,
         "nprobe": config.nprobe,
@@ -119,12 +119,12 @@ def _build(
     settings = request["encoder"]
     job = _Job(corpus.path.absolute(), corpus.fingerprint, config.chunk, work.root, json.dumps(settings))
     ranges = list(_ranges(job, corpus))
-    counts_F, rows = _count(ranges, corpus, pool)
+    counts_V, rows = _count(ranges, corpus, pool)
     if not rows:
         found, fix = "no document with a token", "a corpus with text"
         raise UserError(f"path={corpus.path}", found, "chunks to retrieve", fix)
     if config.encoder == "tfidf":
-        save_array(work.root / IDF, encoders.idf(counts_F, rows))
+        save_array(work.root / IDF, encoders.idf(counts_V, rows))
         settings = {**settings, "sha256": encoders.file_hash(work.root / IDF)}
     job = _Job(job.corpus, job.fingerprint, job.chunk, job.root, json.dumps(settings))
     ranges = list(_ranges(job, corpus))
@@ -177,20 +177,20 @@ def _default_index(rows: int, dim: int) -> str:
 
 
 def _count(ranges: list[_Range], corpus: Corpus, pool: Pool) -> tuple[np.ndarray, int]:
-    """In how many rows each feature of tfidf is, int64 [F], and how many rows there are.
+    """In how many rows each id is, int64 [V], and how many rows there are.
 
-    Sums so far are kept for a restart. Other encoders have no features.
+    Sums so far are kept for a restart. Encoders other than tfidf ask for no counts: then V is 0.
     """
     job = ranges[0].job
-    features = corpus.vocab_size + PAIRS if json.loads(job.encoder)["kind"] == "tfidf" else 0
+    ids = corpus.vocab_size if json.loads(job.encoder)["kind"] == "tfidf" else 0
     path = job.root / "counts.npy"
     # The last entries are the number of rows, and of ranges that are in the sums.
-    sums = np.load(path) if path.exists() else np.zeros(features + 2, np.int64)
+    sums = np.load(path) if path.exists() else np.zeros(ids + 2, np.int64)
     done = int(sums[-1])
     with ChunkProgress("count", len(ranges)) as progress:
         progress.add(done, Counts(documents=int(sums[-2])), fresh=False)
-        for rows, counts_F in pool.map(count_range, ranges[done:]):
-            sums[:-2] += counts_F
+        for rows, counts_V in pool.map(count_range, ranges[done:]):
+            sums[:-2] += counts_V
             sums[-2:] += (rows, 1)
             save_array(path, sums)
             progress.add(1, Counts(documents=rows), fresh=True)
@@ -272,7 +272,7 @@ def _write(one: Any, path: Path) -> None:
 
 
 def count_range(one: _Range) -> tuple[int, np.ndarray]:
-    """Writes where the rows of a range begin; returns their number and, for tfidf, counts int64 [F]."""
+    """Writes where the rows of a range begin; returns their number and, for tfidf, counts int64 [V]."""
     job, corpus = one.job, open_corpus(one.job.corpus, one.job.fingerprint)
     stream = corpus.domain("train", one.domain)
     start_N, end_N = row_bounds(stream, one.start, one.tokens, job.chunk)

@@ -22,6 +22,7 @@ from data_pipeline.pool import Interrupted
 from megafab.data.derived import Kind
 from megafab.errors import UserError
 
+_LOCK = "lock"
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
@@ -79,7 +80,7 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.root / "lock", "w")  # noqa: SIM115
+        self._lock = open(self.root / _LOCK, "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,3 +121,5 @@ class Workspace:
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()

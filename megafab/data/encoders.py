@@ -1,6 +1,6 @@
 """What turns a chunk into a vector to search by: unit length, compared by inner product.
 
-    tfidf                    ids and pairs of neighbouring ids, weighted and projected: needs no model
+    tfidf                    ids, weighted by how rare they are and projected: needs no model
     transformers             mean of a BERT-like model's last states over the chunk's decoded text
     sentence_transformers    what such a model makes of the decoded text
     package.module:function  what yours returns for a list of texts
@@ -8,7 +8,7 @@
 An encoder is made where a database is built, and again where queries are encoded, maybe long after. What its
 manifest keeps for that, the settings, has a hash of all that vectors depend on: counts, model, code.
 
-Shape suffixes: N texts, E length of a vector, F features of `tfidf`.
+Shape suffixes: N texts, E length of a vector, V token ids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from megafab.errors import UserError
 from megafab.function import load_function
 
 IDF = "idf.npy"
-PAIRS = 1 << 16  # features that pairs of ids are hashed to
 _BATCH = 64  # texts that a model takes at a time
 _TOKENS = 256  # of a text that a model sees: RETRO's chunks are 64 of GPT's
 _SAMPLE = "The quick brown fox jumps over the lazy dog."  # to learn the length of a vector from
@@ -45,14 +44,14 @@ class Encoder(Protocol):
         ...
 
 
-def settings(kind: str, model: str | None, dim: int, corpus: Corpus) -> dict[str, Any]:
+def settings(kind: str, model: str | None, dim: int) -> dict[str, Any]:
     """What a database's manifest says of its encoder; for `tfidf` add the `sha256` of what it has counted.
 
     Raises:
         UserError: a package, a model or a function is not there.
     """
     if kind == "tfidf":
-        return {"kind": kind, "dim": dim, "pairs": PAIRS, "vocab_size": corpus.vocab_size}
+        return {"kind": kind, "dim": dim}
     return {"kind": kind, "model": model, "sha256": _source_hash(kind, model)}
 
 
@@ -78,7 +77,7 @@ def load(directory: Path, made_with: Mapping[str, Any], corpus: Corpus) -> Encod
             "restore them, or build the database again: megafab data retrieval ... overwrite=true",
         )
     if kind == "tfidf":
-        return TfIdf(np.load(directory / IDF), made_with["dim"], made_with["vocab_size"])
+        return TfIdf(np.load(directory / IDF), made_with["dim"])
     if kind == "transformers":
         embed = _transformers(_model_directory(model))
     elif kind == "sentence_transformers":
@@ -95,73 +94,57 @@ def file_hash(path: Path) -> str:
 
 
 class TfIdf:
-    """Term frequency times inverse document frequency over ids and hashed pairs of ids, randomly projected.
+    """Term frequency times inverse document frequency over ids, randomly projected.
 
-    A chunk's vector is the sum of `idf_f * s_f` over its ids and its pairs of neighbouring ids, with `s_f` in
-    {-1, 1}^E drawn by a hash: inner products are those of the F-long vectors up to an error of about
-    1 / sqrt(E) (Achlioptas 2003, "Database-friendly random projections").
+    A text's vector is the sum of `idf_v * s_v` over its ids v, with `s_v` in {-1, 1}^E drawn by a hash: inner
+    products are those of V-long vectors up to an error of about 1 / sqrt(E) (Achlioptas 2003,
+    "Database-friendly random projections"). Pairs of neighbouring ids as further terms made it worse.
 
     Args:
-        idf_F: float32, `idf` of the counts.
+        idf_V: float32, what `idf` returns.
         dim: E.
-        vocab_size: ids are below it; the features after them are pairs.
     """
 
-    def __init__(self, idf_F: np.ndarray, dim: int, vocab_size: int) -> None:
+    def __init__(self, idf_V: np.ndarray, dim: int) -> None:
         import torch
 
-        self.dim, self._vocab_size, self._pairs = dim, vocab_size, len(idf_F) - vocab_size
+        self.dim = dim
         words = -(-dim // 64)
         key = np.array([order.stream_key("tfidf", dim)], np.uint64)
-        bits = order.random_bits(key, np.arange(len(idf_F) * words)).reshape(len(idf_F), words)
-        bits_FE = np.unpackbits(bits.astype("<u8").view(np.uint8), axis=1)[:, :dim]
-        self._weight_FE = torch.from_numpy(idf_F[:, None] * (2 * bits_FE.astype(np.float32) - 1))
+        bits = order.random_bits(key, np.arange(len(idf_V) * words)).reshape(len(idf_V), words)
+        bits_VE = np.unpackbits(bits.astype("<u8").view(np.uint8), axis=1)[:, :dim]
+        self._weight_VE = torch.from_numpy(idf_V[:, None] * (2 * bits_VE.astype(np.float32) - 1))
 
     def embed(self, texts: Sequence[np.ndarray]) -> np.ndarray:
         """See `Encoder`."""
         import torch
         from torch.nn.functional import embedding_bag
 
-        features, first_N = tfidf_features(texts, self._vocab_size, self._pairs)
-        if not len(features):
+        ids, length_N = _joined(texts)
+        if not len(ids):
             return np.zeros((len(texts), self.dim), np.float32)
-        bags = torch.from_numpy(features), self._weight_FE, torch.from_numpy(first_N)
+        first_N = np.cumsum(length_N) - length_N
+        bags = torch.from_numpy(ids), self._weight_VE, torch.from_numpy(first_N)
         return unit(embedding_bag(*bags, mode="sum").numpy())
 
 
-def tfidf_features(texts: Sequence[np.ndarray], vocab_size: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features of all texts one after the other, int64, and where those of each begin, int64 [N].
-
-    A text of n ids has n features of its ids, then n - 1 of the pairs of neighbouring ids.
-    """
-    lengths_N = np.array([len(text) for text in texts], np.int64)
-    ids = np.concatenate([np.empty(0, np.int64), *texts])
-    ends_N = np.cumsum(lengths_N)
-    key = ids[:-1].astype(np.uint64) * np.uint64(vocab_size) + ids[1:].astype(np.uint64)
-    pair = vocab_size + (order.random_bits(np.zeros(1, np.uint64), key) % np.uint64(pairs)).astype(np.int64)
-    inside = np.ones(len(pair), bool)
-    inside[ends_N[(ends_N > 0) & (ends_N < len(ids))] - 1] = False
-
-    owner = np.repeat(np.arange(len(texts)), lengths_N)
-    of_both = np.concatenate([owner, owner[:-1][inside]])
-    features = np.concatenate([ids, pair[inside]])[np.argsort(of_both, kind="stable")]
-    counts_N = np.bincount(of_both, minlength=len(texts))
-    return features, np.cumsum(counts_N) - counts_N
-
-
 def document_frequencies(texts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """In how many of the texts each feature of `tfidf` is: int64 [F]."""
-    features, first_N = tfidf_features(texts, vocab_size, PAIRS)
-    owner = np.repeat(np.arange(len(texts)), np.diff([*first_N, len(features)]))
+    """In how many of the texts each id is: int64 [V]."""
+    ids, length_N = _joined(texts)
     # Sorted here: np.unique takes forty times as long for so many.
-    key = np.sort(owner * (vocab_size + PAIRS) + features)
+    key = np.sort(np.repeat(np.arange(len(texts)), length_N) * vocab_size + ids)
     once = key[np.diff(key, prepend=-1) > 0]
-    return np.bincount(once % (vocab_size + PAIRS), minlength=vocab_size + PAIRS)
+    return np.bincount(once % vocab_size, minlength=vocab_size)
 
 
-def idf(counts_F: np.ndarray, texts: int) -> np.ndarray:
-    """`log((1 + N) / (1 + n_f))` of features that are in n_f of N texts: float32 [F]."""
-    return np.log((1 + texts) / (1 + counts_F)).astype(np.float32)
+def idf(counts_V: np.ndarray, texts: int) -> np.ndarray:
+    """`log((1 + N) / (1 + n_v))` of ids that are in n_v of N texts: float32 [V]."""
+    return np.log((1 + texts) / (1 + counts_V)).astype(np.float32)
+
+
+def _joined(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts one after the other, and how many each has: int64."""
+    return np.concatenate([np.empty(0, np.int64), *texts]), np.array([len(text) for text in texts], np.int64)
 
 
 def unit(vectors_NE: np.ndarray) -> np.ndarray:

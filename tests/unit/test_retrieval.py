@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from training import build_corpus
 from data_pipeline import chunks, database, neighbors
 from launch import cli
 from megafab.data.derived import MANIFEST, NEIGHBORS, RETRIEVAL
-from megafab.data.encoders import document_frequencies, idf, tfidf_features
-from megafab.data.format import SPLITS, Corpus
+from megafab.data.encoders import TfIdf, document_frequencies, idf
+from megafab.data.format import SPLITS, Corpus, write_manifest
 from megafab.data.retrieval import STARTS, Database, Neighbors
 from megafab.data.tokenizer import Tokenizer
 from megafab.errors import UserError
@@ -115,11 +116,10 @@ def test_rows_and_queries_by_hand(tmp_path: Path) -> None:
     assert asked.end_C.tolist() == [4, 8, 12, 16, 20]
     assert asked.low_C.tolist() == [0, 0, 0, 11, 11]
     assert asked.high_C.tolist() == [10, 10, 18, 18, 23]
-    # A chunk that ends with EOD belongs to the document that ends there, which may be empty.
-    assert [
-        int(bound[0]) for bound in (lambda q: (q.start_C, q.end_C))(chunks.queries(stream, 7, 1, 4, EOD))
-    ] == [10, 10]
-    assert chunks.queries(stream, 7, 1, 3, EOD).end_C.tolist() == [9]
+    # A chunk that ends with EOD belongs to the document that ends there, which may have no other token.
+    empty, whole = (chunks.queries(stream, 7, 1, length, EOD) for length in (4, 3))
+    assert (empty.start_C.tolist(), empty.end_C.tolist()) == ([10], [10])
+    assert (whole.start_C.tolist(), whole.end_C.tolist()) == ([7], [9])
 
     assert run(corpus, "chunk=4", "name=four") == 0
     found = Database.open(corpus.path / "retrieval" / "four")
@@ -183,19 +183,23 @@ def test_neighbors_are_those_of_brute_force(built: Corpus) -> None:
     assert without_text > 0
 
 
-def test_features_of_tfidf_are_ids_and_pairs() -> None:
+def test_tfidf_weighs_ids_by_how_rare_they_are() -> None:
+    """Its vectors are sums of what single ids have, and nearly orthogonal for different ids."""
     texts = [np.array([5, 6, 5, 6]), np.array([], np.int64), np.array([6, 5]), np.array([9])]
-    features, first = tfidf_features(texts, 10, 1000)
-    assert first.tolist() == [0, 7, 7, 10]
-    (a, b, c, d, ab, ba, again), (e, f, ef), (g,) = features[:7], features[7:10], features[10:]
-    assert [a, b, c, d, e, f, g] == [5, 6, 5, 6, 6, 5, 9]
-    assert ab == again
-    assert ba == ef != ab
-    assert {ab, ba} <= set(range(10, 1010))
     counts = document_frequencies(texts, 10)
-    assert counts[:10].tolist() == [0, 0, 0, 0, 0, 2, 2, 0, 0, 1]
-    assert sorted(counts[10:][counts[10:] > 0].tolist()) == [1, 2]
-    assert idf(counts, 4)[[0, 5, 9]] == pytest.approx(np.log([5, 5 / 3, 5 / 2]))
+    assert counts.tolist() == [0, 0, 0, 0, 0, 2, 2, 0, 0, 1]
+    weights = idf(counts, 4)
+    assert weights[[0, 5, 9]] == pytest.approx(np.log([5, 5 / 3, 5 / 2]))
+    encoder = TfIdf(weights, 1 << 14)
+    five, six, both, nine, none = encoder.embed(
+        [*map(np.array, ([5], [6], [9, 5, 9], [9])), np.empty(0, np.int64)]
+    )
+    assert np.linalg.norm([five, six, both, nine], axis=1) == pytest.approx(1)
+    assert five @ six == pytest.approx(0, abs=0.04)
+    length = np.hypot(weights[5], 2 * weights[9])
+    assert both @ five == pytest.approx(weights[5] / length, abs=0.04)
+    assert both @ nine == pytest.approx(2 * weights[9] / length, abs=0.04)
+    assert not none.any()
 
 
 def test_a_window_does_not_see_its_own_documents(built: Corpus) -> None:
@@ -293,21 +297,41 @@ def test_an_interrupted_build_continues_to_the_same_bytes(
         assert run(corpus, *options) == 0
     assert "continuing the interrupted build" in capsys.readouterr().out
     if name in ("count_range", "embed_range", "_search_range"):
-        whole = len(list(at_once_calls(at_once, name, module)))
-        assert len(calls) == whole - (first - 1), "what was finished is not done again"
+        left = calls_of_a_build(at_once, name, module) - (first - 1)
+        assert len(calls) == left, "what was finished is not done again"
     assert files_of(corpus, "once") == files_of(at_once, "once")
     assert not list(corpus.path.glob("*/.*.building"))
 
 
-def at_once_calls(corpus: Corpus, name: str, module: object) -> range:
-    """How often a whole build calls a function of a stage."""
-    ranges = sum(-(-tokens // 300) for tokens in corpus.tokens("train"))
-    if module is neighbors:
-        each = 300 // CHUNK
-        ranges = sum(-(-(tokens // CHUNK) // each) for split in SPLITS for tokens in corpus.tokens(split))
-        files = -(-Database.open(corpus.path / "retrieval" / "once").rows // 100)
-        ranges *= files if name == "_search_range" else 1
-    return range(ranges)
+def calls_of_a_build(corpus: Corpus, name: str, module: object) -> int:
+    """How often a build that nothing interrupts calls a function for its ranges."""
+    if module is database:
+        return sum(-(-tokens // 300) for tokens in corpus.tokens("train"))
+    each = 300 // CHUNK
+    ranges = sum(-(-(tokens // CHUNK) // each) for split in SPLITS for tokens in corpus.tokens(split))
+    files = -(-Database.open(corpus.path / "retrieval" / "once").rows // 100)
+    return ranges * (files if name == "_search_range" else 1)
+
+
+def test_nothing_of_another_request_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted where rows are counted and the index is trained; then chunks are shorter."""
+    corpus, fresh = random_corpus(tmp_path / "corpus"), random_corpus(tmp_path / "fresh")
+    options = ("index=IVF2,Flat", "train_rows=100", "name=one")
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_add", interrupt)
+        assert run(corpus, *options) == cli.INTERRUPTED
+    left = {path.name for path in (corpus.path / "retrieval" / ".one.building").iterdir()}
+    assert left >= {"counts.npy", "idf.npy", "trained.faiss"}
+    for one in (corpus, fresh):
+        assert run(one, *options, "chunk=4") == 0
+    assert "leftovers of a build of another request: starting over" in capsys.readouterr().out
+    assert files_of(corpus, "one") == files_of(fresh, "one")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_killed_build_continues_and_workers_do_not_matter(built: Corpus, tmp_path: Path) -> None:
@@ -337,8 +361,6 @@ def test_a_killed_build_continues_and_workers_do_not_matter(built: Corpus, tmp_p
     build.send_signal(signal.SIGKILL)
     build.wait()
     assert not (corpus.path / "retrieval" / "small").exists()
-    finished = {path: path.stat().st_mtime_ns for path in pieces.glob("*.npy")}
-    assert finished
     assert run(corpus, "name=small", "workers=2") == 0
     assert files_of(corpus, "small") == files_of(built, "small")
 
@@ -397,8 +419,6 @@ def test_another_corpus_is_retrieved_from(tmp_path: Path, capsys: pytest.Capture
 
 def with_tokenizer(corpus: Corpus, fingerprint: str) -> Corpus:
     """The same text, said to be of another tokenizer."""
-    from megafab.data.format import write_manifest
-
     manifest = {**corpus.manifest, "tokenizer": {**corpus.manifest["tokenizer"], "fingerprint": fingerprint}}
     write_manifest(corpus.path, manifest)
     return Corpus.open(corpus.path)
@@ -553,8 +573,7 @@ def test_a_model_of_transformers(real: Corpus, tmp_path: Path, capsys: pytest.Ca
     found = Neighbors.open("transformers-64", corpus, 64)
     assert (found.rows("train", 0) >= 0).all(axis=1).mean() > 0.5
 
-    _, lengths = found.database.read(np.arange(20), 64)
-    tokens, _ = found.database.read(np.arange(20), 64)
+    tokens, lengths = found.database.read(np.arange(20), 64)
     texts = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
     got = found.database.encoder.embed(texts)
     for ids, vector in zip(texts, got, strict=True):
@@ -572,10 +591,6 @@ def test_a_model_of_transformers(real: Corpus, tmp_path: Path, capsys: pytest.Ca
 
 def small_part(corpus: Corpus, root: Path) -> Corpus:
     """The first documents of a corpus, with its tokenizer."""
-    import shutil
-
-    from megafab.data.format import write_manifest
-
     parts = {}
     for domain, name in enumerate(corpus.domains):
         stream = corpus.domain("train", domain)

@@ -166,6 +166,7 @@ def indices(database: Database, corpus: Corpus) -> list[dict[str, Any]]:
         _, got = one.search(queries, COUNT)
         searched = common.passed(began, common.clock())[1]
         hits = [len(set(a) & set(b)) for a, b in zip(got.tolist(), exact.tolist(), strict=True)]
+        print(f"{factory}: {cpu:.0f} CPU seconds", flush=True)
         found.append(
             {
                 "index": factory,
