@@ -65,10 +65,10 @@ def _table(found: Mapping[str, Domain]) -> Iterator[str]:
     yield "\nchunks by the longest run of tokens that a neighbour shares with them, of all their tokens:"
     for name, domain in found.items():
         for row in domain.rows["overlap"]:
-            share = row["tokens"] / max(1, domain.modes["off"].tokens)
-            losses = ", ".join(
-                f"{names[mode]} {row[mode]:.4f}" for mode in ("on", "off") if row[mode] is not None
-            )
+            if not row["tokens"]:
+                continue
+            share = row["tokens"] / domain.modes["off"].tokens
+            losses = ", ".join(f"{names[mode]} {row[mode]:.4f}" for mode in ("on", "off"))
             yield f"{name:<{wide}}  at most {row['at_most']:.1%}: {share:.1%} of the tokens; {losses}"
 
 

@@ -110,7 +110,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         config.run,
         config.tracking,
         config=plain,
-        header=_header(config, shape, mesh, corpus, weights, engine.memory(), schedules.describe()),
+        header=_header(config, shape, mesh, data, weights, engine.memory(), schedules.describe()),
         preface=list(schedule_text.lines(schedules)),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
@@ -276,14 +276,15 @@ def _header(
     config: RunConfig,
     shape: ModelShape,
     mesh: Mesh,
-    corpus: Corpus,
+    plan: DataPlan,
     weights: tuple[float, ...],
     memory: Memory,
     schedule: str,
 ) -> Mapping[str, str]:
     """What the reader of the terminal and the log wants to know first."""
-    tokens = corpus.tokens("train")
-    domains = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(corpus.domains, weights, strict=True))
+    tokens, names = plan.corpus.tokens("train"), plan.corpus.domains
+    domains = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(names, weights, strict=True))
+    retrieval = {} if plan.retrieval is None else {"retrieval": plan.retrieval.describe(shape.retro_layers)}
     return {
         "model": f"{config.model.name}: {shape.parameters:,} parameters, {config.model.layers} layers, "
         f"hidden {config.model.hidden}, sequence {config.model.seq_len}, vocabulary {shape.vocab:,}",
@@ -295,6 +296,7 @@ def _header(
         f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
         "schedule": schedule,
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
+        **retrieval,
         "run": config.run.dir,
     }
 

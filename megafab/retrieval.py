@@ -27,7 +27,7 @@ def of(config: RunConfig, corpus: Corpus) -> Retrieval | None:
         corpus: the corpus whose windows are read.
 
     Raises:
-        UserError: the neighbours cannot be used, or there are fewer than asked for.
+        UserError: the neighbours cannot be used.
     """
     retro = config.model.retro
     if not retro.chunk:

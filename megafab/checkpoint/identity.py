@@ -144,9 +144,12 @@ def _of_order(then: Identity, now: Identity) -> Iterator[str]:
         if then[name] != now[name]:
             yield f"{key} was {then[name]} and is {now[name]}"
     old, new = (one.get("retrieval") or {} for one in (then, now))
-    for name in dict.fromkeys((*old, *new)):
-        if old.get(name) != new.get(name):
-            yield f"data.retrieval, {name}: was {old.get(name)} and is {new.get(name)}"
+    if bool(old) != bool(new):
+        yield "neighbours are read now, and were not" if new else "no neighbours are read any more"
+    else:
+        for name in new:
+            if old.get(name) != new[name]:
+                yield f"data.retrieval, {name}: was {old.get(name)} and is {new[name]}"
     for name in dict.fromkeys((*then["order_seeds"], *now["order_seeds"])):
         old, new = (one["order_seeds"].get(name, one["seed"]) for one in (then, now))
         if old != new:

@@ -29,9 +29,10 @@ from megafab.config.rule import (
 )
 from megafab.config.schema import Precision, Recompute, RunConfig
 from megafab.config.tree import did_you_mean
+from megafab.data.derived import NEIGHBORS
 from megafab.engine.capabilities import Feature, mode_of
 from megafab.engine.config import EngineConfig, EngineName, Offload
-from megafab.errors import ConfigError, ConfigErrors
+from megafab.errors import ConfigError, ConfigErrors, UserError
 from megafab.model.config import Position, RetroConfig
 from megafab.model.shape import ModelShape
 from megafab.optim.config import WHOLE_MATRICES, Count, Fall, OptimName, ScheduleKind
@@ -273,11 +274,35 @@ def _retro_lengths(facts: Facts) -> Iterator[Violation]:
         yield Violation(where, f"{retrieved}", expected, fix)
     if model.retro.in_context and (retrieved % chunk or retrieved >= model.seq_len):
         expected = f"whole chunks of {chunk}, fewer than model.seq_len={model.seq_len}, of which it is a part"
-        fix = f"model.retro.retrieved={_next_multiple(retrieved, chunk)}, or a longer model.seq_len"
+        fix = f"model.retro.retrieved={chunk}, or a longer model.seq_len"
         yield Violation(f"{where} with model.retro.in_context", f"{retrieved}", expected, fix)
     if model.position is Position.learned and retrieved > model.seq_len:
         expected = f"at most model.seq_len={model.seq_len}: that many positions are learned"
         yield Violation(where, f"{retrieved}", expected, f"model.retro.retrieved={model.seq_len}")
+
+
+@rule("retro-neighbors")
+def _retro_neighbors(facts: Facts) -> Iterator[Violation]:
+    """The manifest only: its files are looked at when the run is built."""
+    retro, retrieval, corpus = facts.config.model.retro, facts.config.data.retrieval, facts.data
+    if not retro.chunk or retrieval is None or corpus is None:
+        return
+    where = f"data.retrieval={retrieval}"
+    fix = f"make them: megafab data retrieval path={corpus.path} chunk={retro.chunk}"
+    try:
+        directory = NEIGHBORS.directory(Path(corpus.path), retrieval)
+        manifest = NEIGHBORS.read(directory)
+        NEIGHBORS.require_corpus(directory, manifest, corpus.fingerprint)
+    except UserError as error:
+        yield Violation(where, f"{error.found} ({error.where})", error.expected, fix)
+        return
+    if manifest["chunk"] != retro.chunk:
+        found = f"neighbours of chunks of {manifest['chunk']} tokens"
+        yield Violation(where, found, f"chunks of model.retro.chunk={retro.chunk}", fix)
+    if manifest["neighbors"] < retro.neighbors:
+        found = f"{manifest['neighbors']} neighbours of each chunk"
+        fix = f"model.retro.neighbors={manifest['neighbors']}, or {fix} neighbors={retro.neighbors}"
+        yield Violation(where, found, f"model.retro.neighbors={retro.neighbors} or more", fix)
 
 
 @rule("retro-context")

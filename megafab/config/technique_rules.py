@@ -127,8 +127,10 @@ def _freezing(facts: Facts) -> Iterator[Violation]:
             yield Violation(where, f"no parameter {pattern}", "patterns of names of parameters", fix)
     trained = sum(matches(name, freezing.trained) for name in names)
     if trained in (0, len(names)):
-        found = "nothing left to train" if not trained else "every parameter"
-        yield Violation(where, found, "some that are trained and some that are not", "leave freezing out")
+        found, fix = "nothing left to train", "give names"
+        if trained:
+            found, fix = "every parameter", "leave freezing out"
+        yield Violation(where, found, "some that are trained and some that are not", fix)
     if facts.config.optim.name in WHOLE_MATRICES:
         found, fix = f"optim.name={facts.config.optim.name.value}", "optim=adamw"
         expected = "an optimizer of single elements: one of matrices lets all of them decay"

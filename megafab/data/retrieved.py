@@ -5,6 +5,7 @@ Shape suffixes: B windows, C chunks of a row, K neighbours of a chunk, R tokens 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 
 from megafab.data.packing import Passages
 from megafab.data.retrieval import Neighbors
-from megafab.errors import UserError
 from megafab.run import Retrieved
 
 
@@ -40,20 +40,6 @@ class Retrieval:
     in_context: bool = False
     shown: Shown = Shown.found
 
-    def __post_init__(self) -> None:
-        """Refuses to read more than there is.
-
-        Raises:
-            UserError: fewer neighbours were kept than are asked for.
-        """
-        if self.count > self.neighbors.kept:
-            raise UserError(
-                f"model.retro.neighbors={self.count}",
-                f"{self.neighbors.kept} kept of each chunk in data.retrieval={self.neighbors.path}",
-                "at least as many",
-                f"model.retro.neighbors={self.neighbors.kept}, or make more: megafab data retrieval",
-            )
-
     @property
     def passage(self) -> int:
         """Tokens of a row that are retrieved, and not of the window."""
@@ -68,6 +54,16 @@ class Retrieval:
             "length": self.length,
             "in_context": self.in_context,
         }
+
+    def describe(self, layers: Sequence[int]) -> str:
+        """One line for people; `layers` are those that look, from 0."""
+        database, chunk = self.neighbors.database, self.neighbors.chunk
+        looking = ", ".join(str(layer + 1) for layer in layers)
+        passage = "; the nearest in front of each window" if self.in_context else ""
+        return (
+            f"{self.count} neighbours of {self.length} tokens for each chunk of {chunk}, "
+            f"of {database.rows:,} in {database.path}, in layers {looking}{passage}"
+        )
 
     def read(
         self, split: str, domain_B: np.ndarray, window_B: np.ndarray, length: int, continues_B: np.ndarray

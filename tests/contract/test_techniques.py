@@ -39,6 +39,7 @@ from megafab.techniques.config import (
     CurriculumConfig,
     DynamicLoadingConfig,
     EMAConfig,
+    FreezingConfig,
     GradualPruningConfig,
     OnlineMixingConfig,
     PacingConfig,
@@ -79,6 +80,7 @@ SETTINGS: dict[str, Any] = {
     "static_sparsity": StaticSparsityConfig(),
     # Prunes after each of steps 2 to 5, so before and after the step of the save.
     "gradual_pruning": GradualPruningConfig(begin=0.2, end=0.75, ramp=Ramp.linear, every=1),
+    "freezing": FreezingConfig(["decoder.layers.1.*"]),
 }
 # Layouts that a rule refuses (config/technique_rules.py).
 REFUSED = {("token_dropping", "context2")}
@@ -157,7 +159,9 @@ class _Audit:
     def batch(self, batch: Batch, plan: StepPlan) -> Batch:
         changed = self._bus.batch(batch, plan)
         again = self._bus.batch(batch, plan)
-        columns = [field.name for field in dataclasses.fields(Batch) if field.name != "columns"]
+        self._require("batch", changed.retrieved is batch.retrieved)
+        others = {"columns", "retrieved"}
+        columns = [field.name for field in dataclasses.fields(Batch) if field.name not in others]
         for column in columns:
             before, after = getattr(batch, column), getattr(changed, column)
             assert torch.equal(after, getattr(again, column)), "on_batch draws from its key only"

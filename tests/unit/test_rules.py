@@ -20,15 +20,16 @@ from megafab.config.rule import CorpusFacts
 from megafab.config.rules import RuleErrors, check_all, corpus_facts
 from megafab.config.schema import RunConfig, TrainConfig
 from megafab.data.config import DataConfig
-from megafab.data.derived import DIFFICULTY
+from megafab.data.derived import DIFFICULTY, NEIGHBORS
 from megafab.engine.config import EngineName, Offload
-from megafab.model.config import ModelConfig, Position
+from megafab.model.config import ModelConfig, Position, RetroConfig
 from megafab.optim.config import Count, Fall, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
 from megafab.techniques.config import (
     CurriculumConfig,
     DifficultyKind,
     DynamicLoadingConfig,
     EMAConfig,
+    FreezingConfig,
     GradualPruningConfig,
     OnlineMixingConfig,
     PacingConfig,
@@ -72,10 +73,31 @@ def index() -> str:
     return directory
 
 
+@cache
+def neighbors() -> str:
+    """The path of neighbours that fit CORPUS, in chunks of 16 tokens: no more than their manifest."""
+    directory = tempfile.mkdtemp(prefix="megafab-neighbors-")
+    atexit.register(shutil.rmtree, directory)
+    facts = {"corpus": CORPUS.fingerprint, "chunk": 16, "neighbors": 4}
+    content = dict.fromkeys(NEIGHBORS.keys, "") | facts
+    NEIGHBORS.write(Path(directory), content)
+    return directory
+
+
+def retro(**changes: Any) -> dict[str, Any]:
+    """A model that looks at neighbours, and has them."""
+    return {"model.retro": RetroConfig(**{"chunk": 16, **changes}), "data.retrieval": neighbors()}
+
+
 def curriculum(**pacing: Any) -> dict[str, Any]:
     """By threshold, with a pacing that is fine but for what is given."""
     changed = dataclasses.replace(PACING, **pacing)
     return {"techniques.curriculum": CurriculumConfig("none", DifficultyKind.threshold, changed)}
+
+
+def indexed() -> dict[str, Any]:
+    """A curriculum with an index."""
+    return {"techniques.curriculum": CurriculumConfig(index(), DifficultyKind.threshold, PACING)}
 
 
 def sequences(**pacing: Any) -> dict[str, Any]:
@@ -103,8 +125,103 @@ def violations(changes: dict[str, Any], ranks: int = 1, corpus: CorpusFacts | No
     return []
 
 
+MUON = {"optim.name": OptimName.muon, "optim.muon": MuonConfig()}
+
 # (rule, changes, ranks, the line)
 BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
+    (
+        *("retro-off", {"data.retrieval": "tfidf-64"}, 1),
+        "data.retrieval=tfidf-64: found model.retro.chunk=0, expected a model that looks at neighbours. "
+        "Fix: model.retro.chunk=64, for example, or leave data.retrieval out",
+    ),
+    (
+        *("retro-off", {"model.retro.in_context": True}, 1),
+        "model.retro.in_context=True: found model.retro.chunk=0, expected a model that looks at neighbours. "
+        "Fix: model.retro.chunk=64, for example, or leave model.retro.in_context out",
+    ),
+    (
+        *("retro-off", {"model.retro.chunk": 16}, 1),
+        "model.retro.chunk=16: found data.retrieval=null, expected the neighbours of each chunk. Fix: "
+        "megafab data retrieval path=corpus chunk=16, then name it here",
+    ),
+    (
+        *("retro-layers", retro(layers=[3, 9]), 1),
+        "model.retro.layers=[3, 9]: found [3, 9], expected layers from 1 to model.layers=8, ascending, each "
+        "once. Fix: model.retro.layers=null",
+    ),
+    (
+        *("retro-lengths", {**retro(), "model.seq_len": 24}, 1),
+        "model.seq_len=24: found 24 % 16 = 8, expected a multiple of model.retro.chunk=16. "
+        "Fix: model.seq_len=32",
+    ),
+    (
+        *("retro-lengths", {**retro(retrieved=17), "parallel.tensor": 2, "parallel.sequence": True}, 2),
+        "model.retro.retrieved=17: found 17, expected a multiple of parallel.tensor=2, over which neighbours "
+        "are split. Fix: model.retro.retrieved=18, or parallel.sequence=false",
+    ),
+    (
+        *("retro-lengths", retro(in_context=True), 1),
+        "model.retro.retrieved=32 with model.retro.in_context: found 32, expected whole chunks of 16, fewer "
+        "than model.seq_len=32, of which it is a part. Fix: model.retro.retrieved=16, or a longer "
+        "model.seq_len",
+    ),
+    (
+        *("retro-lengths", {**retro(retrieved=33), "model.position": Position.learned}, 1),
+        "model.retro.retrieved=33: found 33, expected at most model.seq_len=32: that many positions are "
+        "learned. Fix: model.retro.retrieved=32",
+    ),
+    (
+        *("retro-neighbors", retro(neighbors=5), 1),
+        f"data.retrieval={neighbors()}: found 4 neighbours of each chunk, expected "
+        "model.retro.neighbors=5 or more. Fix: model.retro.neighbors=4, or make them: megafab data "
+        "retrieval path=corpus chunk=16 neighbors=5",
+    ),
+    (
+        *("retro-neighbors", retro(chunk=8), 1),
+        f"data.retrieval={neighbors()}: found neighbours of chunks of 16 tokens, expected chunks of "
+        "model.retro.chunk=8. Fix: make them: megafab data retrieval path=corpus chunk=8",
+    ),
+    (
+        *("retro-neighbors", {**retro(), "data.retrieval": "nothing"}, 1),
+        "data.retrieval=nothing: found no such directory (corpus/neighbors/nothing), expected a finished "
+        "megafab-neighbors. Fix: make them: megafab data retrieval path=corpus chunk=16",
+    ),
+    (
+        *("retro-context", {**retro(), "parallel.context": 2}, 2),
+        "parallel.context=2: found model.retro.chunk=16, expected whole sequences: a chunk's neighbours are "
+        "looked at by the next chunk, on another rank. Fix: parallel.context=1",
+    ),
+    (
+        *("techniques-with-retro", {**retro(), "techniques.token_dropping": DROPPING}, 1),
+        "technique=[token_dropping]: found model.retro.chunk=16, expected a model that looks at no "
+        "neighbours. Fix: take token_dropping out, or model.retro.chunk=0",
+    ),
+    (
+        *("techniques-with-retro", {**retro(in_context=True, retrieved=16), **indexed()}, 1),
+        "technique=[curriculum]: found model.retro.in_context=true, expected rows that are windows alone, as "
+        "what it reads was made for. Fix: take curriculum out, or model.retro.in_context=false",
+    ),
+    (
+        *("freezing", {"techniques.freezing": FreezingConfig(["*cross*", "*norm*"])}, 1),
+        "techniques.freezing.trained=[*cross*, *norm*]: found no parameter *cross*, expected patterns of "
+        "names of parameters. Fix: a name from megafab ckpt inspect, with * for anything; retrieval needs "
+        "model.retro.chunk",
+    ),
+    (
+        *("freezing", {"techniques.freezing": FreezingConfig(["*"])}, 1),
+        "techniques.freezing.trained=[*]: found every parameter, expected some that are trained and some "
+        "that are not. Fix: leave freezing out",
+    ),
+    (
+        *("freezing", {"techniques.freezing": FreezingConfig()}, 1),
+        "techniques.freezing.trained=[]: found nothing left to train, expected some that are trained and "
+        "some that are not. Fix: give names",
+    ),
+    (
+        *("freezing", {"techniques.freezing": FreezingConfig(["*norm*"]), **MUON}, 1),
+        "technique=[freezing]: found optim.name=muon, expected an optimizer of single elements: one of "
+        "matrices lets all of them decay. Fix: optim=adamw",
+    ),
     (
         "size",
         {"model.layers": 0},
@@ -1148,7 +1265,7 @@ def test_a_corpus_without_tokens_is_refused(tmp_path: Path):
 
 
 def test_an_index_of_difficulty_belongs_to_a_corpus_and_a_length():
-    changes = {"techniques.curriculum": CurriculumConfig(index(), DifficultyKind.threshold, PACING)}
+    changes = indexed()
     assert violations(changes) == []
     (found,) = violations(changes, corpus=dataclasses.replace(CORPUS, fingerprint="4567"))
     assert f"[curriculum-index] techniques.curriculum.difficulty={index()}: " in found
