@@ -259,6 +259,14 @@ def _retro_layers(facts: Facts) -> Iterator[Violation]:
         yield Violation(f"model.retro.layers={chosen}", f"{chosen}", expected, "model.retro.layers=null")
 
 
+@rule("retro-kv-heads")
+def _retro_kv_heads(facts: Facts) -> Iterator[Violation]:
+    kv, tensor = facts.kv_heads, facts.config.parallel.tensor
+    if facts.config.model.retro.chunk and kv % tensor:
+        expected = f"a multiple of parallel.tensor={tensor}: heads that look at neighbours are not copied"
+        yield Violation(f"model.kv_heads={kv}", f"{kv}", expected, f"parallel.tensor={math.gcd(kv, tensor)}")
+
+
 @rule("retro-lengths")
 def _retro_lengths(facts: Facts) -> Iterator[Violation]:
     model, p = facts.config.model, facts.config.parallel

@@ -295,8 +295,8 @@ class ChunkedCrossAttention(CrossAttention):
         self._ranks, self._rank = 1, 0
         if config.sequence_parallel:
             self._ranks, self._rank = pg_collection.tp.size(), pg_collection.tp.rank()
-        if layer_number - 1 == sizes.layers[0]:
-            self.encoder = Encoder(config, sizes, attention, mlp, pg_collection)
+        is_first = layer_number - 1 == sizes.layers[0]
+        self.encoder = Encoder(config, sizes, attention, mlp, pg_collection) if is_first else None
 
     def forward(self, hidden_LBH, attention_mask=None, key_value_states=None, **_):
         """`attention_mask` is a `retrieval_mask`, `key_value_states` the neighbours [L, N, H]; null: none."""
@@ -304,7 +304,7 @@ class ChunkedCrossAttention(CrossAttention):
             return {"context": None, "seen": None}
         assert key_value_states is not None
         sizes, context_LNH, chunk = self.sizes, key_value_states, self.sizes.chunk
-        if hasattr(self, "encoder"):
+        if self.encoder is not None:
             context_LNH = self.encoder(context_LNH, hidden_LBH, attention_mask)
         query_SBAD = self.queries(hidden_LBH)
         batch, count = query_SBAD.shape[1], query_SBAD.shape[0] // chunk
@@ -323,15 +323,17 @@ class ChunkedCrossAttention(CrossAttention):
         )
         may_SB1 = may_BCM.permute(1, 2, 0).flatten(0, 1).unsqueeze(-1)
         seen_SBX = seen.unflatten(1, (count, batch)).transpose(0, 1).flatten(0, 1) * may_SB1
-        none = chunk - 1
-        seen_SBX = torch.cat(
-            (seen_SBX.new_zeros(none, *seen_SBX.shape[1:]), seen_SBX[: len(seen_SBX) - none])
-        )
-        out_LBH, bias = self.linear_proj(seen_SBX)
+        out_LBH, bias = self.linear_proj(_later(seen_SBX, chunk - 1))
         if bias is not None:
-            may_SB1 = torch.cat((may_SB1.new_zeros(none, batch, 1), may_SB1[: len(may_SB1) - none]))
+            may_SB1 = _later(may_SB1, chunk - 1)
             out_LBH = out_LBH + bias * may_SB1.chunk(self._ranks)[self._rank]
         return {"context": context_LNH, "seen": out_LBH}
+
+
+def _later(x_SBX: torch.Tensor, positions: int) -> torch.Tensor:
+    """Everything so many positions later: zero at first, and the last ones gone."""
+    none = x_SBX.new_zeros(positions, *x_SBX.shape[1:])
+    return torch.cat((none, x_SBX[: len(x_SBX) - positions]))
 
 
 def _later(x_SBX: torch.Tensor, positions: int) -> torch.Tensor:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 import torch
 from checkpoint_files import tensors_of
 from corpora import write_corpus
-from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows
+from ranks import RankDied
+from training import SHORT_RUN, SMALL_MODEL, build_corpus, rows, train
 
 from megafab.errors import UserError
 
@@ -116,6 +118,26 @@ def test_a_resume_is_exact(engine: tuple[str, ...], run: Run, tmp_path: Path) ->
     keys = ("step", "loss", "grad_norm", "valid_loss")
     found, expected = ([[row.get(key) for key in keys] for row in rows(one)] for one in (again, whole))
     assert found == expected[8:]
+
+
+def train_until_killed(rank: int, world: int, overrides: list[str], kill: faults.Kill) -> int:
+    faults.inflict(faults.Faults(kill), rank)
+    return train(rank, world, overrides)
+
+
+def test_killed_the_same_command_goes_on(run: Run, ranks, text: Path, tmp_path: Path) -> None:
+    more = ("train.steps=12", "checkpoint.every=4", "eval.samples=0")
+    whole = run(2, PIPELINE, *more)
+    where = (f"data.path={text}", f"run.dir={tmp_path}")
+    command = [*SMALL_MODEL, *SHORT_RUN, *where, *RETRO, PIPELINE, *more]
+    kill = faults.Kill(1, "step", 7, 0.0)
+    with pytest.raises(RankDied):
+        ranks.run(train_until_killed, command, kill, world=2, init=False)
+    assert len(rows(tmp_path)) < 12
+    ranks.run(train, command, world=2, init=False)
+    keys = ("step", "loss", "grad_norm")
+    found, expected = ([[row[key] for key in keys] for row in rows(one)] for one in (tmp_path, whole))
+    assert found == expected
 
 
 def test_a_changed_database_is_refused_with_what_differs(

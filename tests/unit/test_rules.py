@@ -150,6 +150,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "once. Fix: model.retro.layers=null",
     ),
     (
+        *("retro-kv-heads", {**retro(), "parallel.tensor": 8}, 8),
+        "model.kv_heads=4: found 4, expected a multiple of parallel.tensor=8: heads that look at neighbours "
+        "are not copied. Fix: parallel.tensor=4",
+    ),
+    (
         *("retro-lengths", {**retro(), "model.seq_len": 24}, 1),
         "model.seq_len=24: found 24 % 16 = 8, expected a multiple of model.retro.chunk=16. "
         "Fix: model.seq_len=32",
