@@ -380,3 +380,23 @@ def measured(rank: int, world: int, arguments: list[str]) -> None:
     from launch import perplexity
 
     assert perplexity.main(arguments) == 0
+
+
+def written(rank: int, world: int, arguments: list[str]) -> None:
+    from launch import generate
+
+    assert generate.main(arguments) == 0
+
+
+def test_text_is_written_with_neighbors_and_without(ranks, single: Run, tmp_path: Path) -> None:
+    """More than a window of it, from nothing: the command as a user types it."""
+    for more in ("retrieval=null", "retrieval=false"):
+        out = tmp_path / more
+        arguments = [f"checkpoint={single()}", f"out={out}", "tokens=80", more]
+        ranks.run(written, arguments, init=False)
+        assert len(out.read_text()) > 40
+
+
+def test_a_model_without_retrieval_cannot_search(ranks, plain: Path) -> None:
+    with pytest.raises(UserError, match=r"retrieval=true: found a model that looks at no neighbours"):
+        ranks.run(written, [f"checkpoint={plain}", "retrieval=true"], init=False)

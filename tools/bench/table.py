@@ -1,7 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
-        [engines] [token_dropping] [data_techniques] [retrieval]
+        [engines] [token_dropping] [data_techniques] [retrieval] [retro]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -21,6 +21,7 @@ import optimizers
 import overhead
 import peers
 import retrieval
+import retro
 import startup
 import token_dropping
 
@@ -61,6 +62,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "token_dropping": token_dropping.report,
     "data_techniques": data_techniques.report,
     "retrieval": retrieval.report,
+    "retro": retro.table,
 }
 
 
