@@ -296,3 +296,21 @@ def test_masks_are_not_lost_without_a_word(run: Run, sparse: Path, weights: Path
     for technique in ((), PRUNING):
         with pytest.raises(UserError, match=text):
             run(1, *technique, f"checkpoint.resume={source}", f"train.steps={STEPS + 4}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_sparser_the_higher_the_loss(trained) -> None:
+    """The order of the paper in the first stage of `recipe=spdf`, with a narrower model."""
+    stage = (
+        *("model=llama_tiny", "model.hidden=128", "train.steps=300", "train.global_batch=8"),
+        *("train.micro_batch=8", "optim.lr=2e-3", "schedule.warmup=20", "eval.samples=16", "tracking=none"),
+    )
+
+    def loss(sparsity: float) -> float:
+        sparse = (*SPARSE, f"techniques.static_sparsity.sparsity={sparsity}") if sparsity else ()
+        return rows(trained(1, *stage, *sparse))[-1]["valid_loss"]
+
+    losses = [loss(sparsity) for sparsity in (0, 0.5, 0.75, 0.9)]
+    assert losses == sorted(losses)
+    assert losses[-1] < 0.7 * math.log(512), "even the sparsest must have learned"

@@ -9,7 +9,7 @@
   neighbours, with wrong ones and with none (`megafab perplexity`), on documents that are not in the database.
 
 DIR has books.jsonl.gz and wiki.jsonl.gz; without it the corpus is the standard library's source. With
-`--only`, the other part of FILE stays.
+`--only`, the rest of FILE stays.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ WORTH = (
     *("model.seq_len=128", "train.global_batch=16", "train.micro_batch=16", "optim.lr=3e-3"),
     *("schedule.warmup=0.1", "eval.samples=64", "train.log_every=10"),
 )
+MODES, HEADS = ("on", "wrong", "off"), ("neighbours", "wrong ones", "none")
 
 
 def megafab(*arguments: str) -> None:
@@ -105,13 +106,13 @@ def table(result: dict[str, Any]) -> str:
         [name, case["is"], case["speed"], case["flops"]] for name, case in result.get("cost", {}).items()
     ]
     parts = [common.markdown(["case", "what", "tokens/s over plain", "FLOPs over plain"], lines)]
-    if "worth" in result:
-        plain, retro = result["worth"]["plain"], result["worth"]["retro"]
+    for text, found in result.get("worth", {}).items():
+        plain = {name: domain["loss"]["off"] for name, domain in found["plain"].items()}
         lines = [
-            [name, plain[name]["loss"]["off"], *(domain["loss"][mode] for mode in ("on", "wrong", "off"))]
-            for name, domain in retro.items()
+            [name, *(f"{loss:.3f}" for loss in (plain[name], *(domain["loss"][m] for m in MODES)))]
+            for name, domain in found["retro"].items()
         ]
-        header = ["domain", "without retrieval", "neighbours", "wrong ones", "none"]
+        header = [f"{text}, {found['steps']} steps", "without retrieval", *HEADS]
         parts.append(common.markdown(header, lines))
     return "\n\n".join(parts)
 
@@ -136,7 +137,8 @@ def main() -> None:
         if options.only != "worth":
             result["cost"] = cost(scratch / "corpus", scratch, options.rounds)
         if options.only != "cost":
-            result["worth"] = worth(scratch / "corpus", scratch, options.steps)
+            text = "books and wiki" if options.corpora else "standard library"
+            result.setdefault("worth", {})[text] = worth(scratch / "corpus", scratch, options.steps)
     named = "--corpora=DIR " if options.corpora else ""
     result["command"] = f"OMP_NUM_THREADS=1 python tools/bench/retro.py {named}--steps={options.steps}"
     result["machine"] = common.facts()
