@@ -37,7 +37,7 @@ RETRO = (f"model.retro.chunk={CHUNK}", f"data.retrieval=tfidf-{CHUNK}")
 SHORT = ("train.steps=8", "eval.samples=0", "checkpoint.save_last=false")
 WORTH = (
     *("model=llama_tiny", "model.hidden=128", "model.heads=4", "model.kv_heads=2", "model.ffn=384"),
-    *("model.seq_len=128", "train.global_batch=16", "train.micro_batch=16", "optim.lr=3e-3"),
+    *("model.seq_len=128", "train.global_batch=16", "train.micro_batch=16", "optim.lr=1e-3"),
     *("schedule.warmup=0.1", "eval.samples=64", "train.log_every=10"),
 )
 MODES, HEADS = ("on", "wrong", "off"), ("neighbours", "wrong ones", "none")
@@ -58,7 +58,7 @@ def build(corpora: Path | None, corpus: Path) -> None:
         books, wiki = (corpora / f"{name}.jsonl.gz" for name in ("books", "wiki"))
         sources = [f"sources={{books: {books}, wiki: {wiki}}}"]
     megafab("data", f"out={corpus}", "tokenizer.vocab=4096", "valid_fraction=0.05", *sources)
-    megafab("data", "retrieval", f"path={corpus}", f"chunk={CHUNK}", "index=IVF1024,Flat", "nprobe=64")
+    megafab("data", "retrieval", f"path={corpus}", f"chunk={CHUNK}", "index=IVF1024,Flat", "nprobe=16")
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
