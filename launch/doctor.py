@@ -51,7 +51,12 @@ OPTIONAL = (
     Part("datasets", "training text from the Hugging Face Hub", "pip install datasets"),
     Part("pyarrow", "Parquet sources", "pip install 'megafab[data]'"),
     Part("zstandard", ".zst sources", "pip install 'megafab[data]'"),
-    Part("faiss-cpu", f"{_UNUSED}: retrieval is to come", "pip install faiss-cpu", "faiss"),
+    Part(
+        "faiss-cpu",
+        "megafab data retrieval, megafab generate with retrieval",
+        "pip install faiss-cpu",
+        "faiss",
+    ),
     Part("transformers", "the judge of megafab ckpt convert", "pip install 'megafab[eval]'"),
 )
 COMMANDS = (

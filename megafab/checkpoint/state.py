@@ -501,7 +501,8 @@ class Checkpoints:
 
 def _require_same_model(where: str, changed: Iterable[tuple[str, Any, Any]], fix: str) -> None:
     for key, then, now in changed:
-        if key in MEANING and then is not None:
+        # Of a newer key an older checkpoint has no value; null does name layers that look at neighbours.
+        if key in MEANING and (then is not None or key == "model.retro.layers"):
             raise UserError(
                 f"{key}={shown(now)}, {where}",
                 f"weights trained with {key}={shown(then)}",

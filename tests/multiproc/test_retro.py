@@ -345,6 +345,36 @@ def test_retrofitting_begins_as_the_model_was_and_leaves_it_so(
     assert all(bool((after[name] != 0).any()) for name in moved)
 
 
+@pytest.mark.parametrize("engine", [(), ZERO_2], ids=["megatron", "ZeRO 2"])
+def test_freezing_may_begin_and_end_at_a_resume(
+    engine: tuple[str, ...], run: Run, plain: Path, tmp_path: Path
+) -> None:
+    """Moments of what was trained until then do not move it on."""
+    source = plain / "checkpoints" / "step_00000010"
+    steps = tmp_path / "run" / "checkpoints"
+    begun = (f"start.checkpoint={source}", f"run.dir={tmp_path / 'run'}", *engine)
+    found = []
+    for step, more in ((2, ()), (4, ("technique=[freezing]",)), (6, ())):
+        run(1, *begun, f"train.steps={step}", *more)
+        found.append(tensors_of(steps / f"step_0000000{step}"))  # older checkpoints are not kept
+    trained, frozen, again = found
+    weights = [name for name in trained if name.startswith("weight/")]
+    base = [name for name in weights if "cross_att" not in name]
+    assert all(torch.equal(trained[name], frozen[name]) for name in base)
+    assert not any(torch.equal(trained[name], frozen[name]) for name in set(weights) - set(base))
+    assert not any(torch.equal(frozen[name], again[name]) for name in base)
+
+
+def test_a_resume_looks_in_the_same_layers(run: Run, plain: Path, tmp_path: Path) -> None:
+    """Names and shapes of tensors do not tell that a layer looks no more."""
+    model = ("model.layers=9", f"run.dir={tmp_path / 'run'}", "schedule.warmup=0")
+    run(1, *model, "train.steps=1")
+    with pytest.raises(
+        UserError, match=r"model\.retro\.layers=\[6\].*trained with model\.retro\.layers=null"
+    ):
+        run(1, *model, "train.steps=2", "model.retro.layers=[6]")
+
+
 def test_what_learned_with_retrieval_goes_on_without(run: Run, single: Run, trained, text: Path) -> None:
     source = single() / "checkpoints" / "step_00000020"
     start = (f"data.path={text}", f"start.checkpoint={source}", "train.micro_batch=2", "train.steps=2")
