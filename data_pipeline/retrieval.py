@@ -17,6 +17,7 @@ from data_pipeline.retrieval_config import RetrievalConfig, check_retrieval
 from megafab.data import index
 from megafab.data.format import SPLITS, Corpus
 from megafab.data.retrieval import Neighbors, require_tokenizer
+from megafab.errors import UserError
 
 
 def build(config: RetrievalConfig) -> None:
@@ -40,13 +41,21 @@ def build(config: RetrievalConfig) -> None:
 def _report(config: RetrievalConfig, corpus: Corpus) -> None:
     """How many chunks have neighbours, domain by domain."""
     found = Neighbors.open(config.out_name, corpus, config.chunk)
-    rows = found.database.rows
+    rows, helped = found.database.rows, 0
     print(f"{rows:,} rows in {found.database.path}, index {found.database.manifest['index']}")
     for split in SPLITS:
         for domain, name in enumerate(corpus.domains):
             chunks = corpus.tokens(split)[domain] // config.chunk
             with_CK = found.rows(split, domain) >= 0
             with_one, kept = int(with_CK.any(axis=1).sum()), float(np.sum(with_CK) / max(1, chunks))
+            helped += with_one
             print(
                 f"  {split} {name}: {with_one:,} of {chunks:,} chunks have neighbours, {kept:.1f} on average"
             )
+    if not helped:
+        raise UserError(
+            str(found.path),
+            "no chunk with a neighbour",
+            "some: those of a chunk's own document are left out",
+            "a corpus of more documents, or database=DIR with other text",
+        )

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megafab.checkpoint.changes import changes
 from megafab.data.config import Packing
 from megafab.data.format import Corpus
 from megafab.data.plan import DataPlan
@@ -108,6 +109,11 @@ def carried_on(
     }
 
 
+def _short(value: Any) -> Any:
+    """Of a hash the first digits, which people compare."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value
+
+
 def _content(corpus: Corpus, domain: int) -> str:
     """A hash of the ids of one domain's training split; 16 hexadecimal digits, to be read by people."""
     shards = corpus.manifest["domains"][domain]["splits"]["train"]["shards"]
@@ -147,9 +153,8 @@ def _of_order(then: Identity, now: Identity) -> Iterator[str]:
     if bool(old) != bool(new):
         yield "neighbours are read now, and were not" if new else "no neighbours are read any more"
     else:
-        for name in new:
-            if old.get(name) != new[name]:
-                yield f"data.retrieval, {name}: was {old.get(name)} and is {new[name]}"
+        for key, was, now_is in changes(old, new):
+            yield f"data.retrieval, {key}: was {_short(was)} and is {_short(now_is)}"
     for name in dict.fromkeys((*then["order_seeds"], *now["order_seeds"])):
         old, new = (one["order_seeds"].get(name, one["seed"]) for one in (then, now))
         if old != new:

@@ -296,7 +296,8 @@ def _retro_neighbors(facts: Facts) -> Iterator[Violation]:
     if not retro.chunk or retrieval is None or corpus is None:
         return
     where = f"data.retrieval={retrieval}"
-    fix = f"make them: megafab data retrieval path={corpus.path} chunk={retro.chunk}"
+    named = f"path={corpus.path} chunk={retro.chunk} name={Path(retrieval).name}"
+    fix = f"make them: megafab data retrieval {named}"
     try:
         directory = NEIGHBORS.directory(Path(corpus.path), retrieval)
         manifest = NEIGHBORS.read(directory)
@@ -306,10 +307,11 @@ def _retro_neighbors(facts: Facts) -> Iterator[Violation]:
         return
     if manifest["chunk"] != retro.chunk:
         found = f"neighbours of chunks of {manifest['chunk']} tokens"
-        yield Violation(where, found, f"chunks of model.retro.chunk={retro.chunk}", fix)
+        yield Violation(where, found, f"chunks of model.retro.chunk={retro.chunk}", f"{fix} overwrite=true")
     if manifest["neighbors"] < retro.neighbors:
         found = f"{manifest['neighbors']} neighbours of each chunk"
-        fix = f"model.retro.neighbors={manifest['neighbors']}, or {fix} neighbors={retro.neighbors}"
+        more = f"neighbors={retro.neighbors} overwrite=true"
+        fix = f"model.retro.neighbors={manifest['neighbors']}, or {fix} {more}"
         yield Violation(where, found, f"model.retro.neighbors={retro.neighbors} or more", fix)
 
 

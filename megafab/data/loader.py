@@ -332,7 +332,7 @@ def require_windows(corpus: Corpus, split: str, seq_len: int, weights_D: Sequenc
             raise UserError(
                 f"data.path={corpus.path}, domain {name}, split {split}",
                 f"{tokens} tokens",
-                f"at least model.seq_len + 1 = {seq_len + 1}, because its weight is {weight:.3g}",
+                f"at least {seq_len + 1}, a window and its last label, because its weight is {weight:.3g}",
                 f"leave {name} out of data.mixture, add text to it, or lower model.seq_len",
             )
 

@@ -653,3 +653,9 @@ def test_gathered_ranges_are_those_read_one_by_one(built: Corpus) -> None:
                 assert high == np.flatnonzero(document == document[start + count - 1])[-1] + 1
     with pytest.raises(IndexError):
         stream.gather(np.array([stream.tokens]), 1)
+
+
+def test_a_database_that_helps_nobody_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "one", {"a": counting_documents([80])}, vocab_size=100)
+    assert cli.main(["data", "retrieval", f"path={corpus.path}", *SMALL]) == 2
+    assert "found no chunk with a neighbour, expected some" in capsys.readouterr().err

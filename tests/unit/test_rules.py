@@ -179,17 +179,18 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("retro-neighbors", retro(neighbors=5), 1),
         f"data.retrieval={neighbors()}: found 4 neighbours of each chunk, expected "
         "model.retro.neighbors=5 or more. Fix: model.retro.neighbors=4, or make them: megafab data "
-        "retrieval path=corpus chunk=16 neighbors=5",
+        f"retrieval path=corpus chunk=16 name={Path(neighbors()).name} neighbors=5 overwrite=true",
     ),
     (
         *("retro-neighbors", retro(chunk=8), 1),
         f"data.retrieval={neighbors()}: found neighbours of chunks of 16 tokens, expected chunks of "
-        "model.retro.chunk=8. Fix: make them: megafab data retrieval path=corpus chunk=8",
+        "model.retro.chunk=8. Fix: make them: megafab data retrieval path=corpus chunk=8 "
+        f"name={Path(neighbors()).name} overwrite=true",
     ),
     (
         *("retro-neighbors", {**retro(), "data.retrieval": "nothing"}, 1),
         "data.retrieval=nothing: found no such directory (corpus/neighbors/nothing), expected a finished "
-        "megafab-neighbors. Fix: make them: megafab data retrieval path=corpus chunk=16",
+        "megafab-neighbors. Fix: make them: megafab data retrieval path=corpus chunk=16 name=nothing",
     ),
     (
         *("retro-context", {**retro(), "parallel.context": 2}, 2),
