@@ -336,12 +336,6 @@ def _later(x_SBX: torch.Tensor, positions: int) -> torch.Tensor:
     return torch.cat((none, x_SBX[: len(x_SBX) - positions]))
 
 
-def _later(x_SBX: torch.Tensor, positions: int) -> torch.Tensor:
-    """Everything so many positions later: zero at first, and the last ones gone."""
-    none = x_SBX.new_zeros(positions, *x_SBX.shape[1:])
-    return torch.cat((none, x_SBX[: len(x_SBX) - positions]))
-
-
 def _add_what_is_seen(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
     """In the place of core's bias-dropout-add after cross-attention."""
 

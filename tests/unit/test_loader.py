@@ -376,7 +376,7 @@ def test_a_domain_too_short_is_refused_only_where_it_is_drawn_on(tmp_path: Path)
     corpus = write_corpus(tmp_path, {"long": counting_documents([9]), "short": counting_documents([5, 3])})
     loader = make_loader(corpus)
     loader.take(plan(weights=(1.0, 0.0)))
-    expected = r"domain short, split train: found 8 tokens, expected at least model\.seq_len \+ 1 = 9"
+    expected = r"domain short, split train: found 8 tokens, expected at least 9, a window and its last label"
     with pytest.raises(UserError, match=expected):
         loader.take(plan(weights=(0.9, 0.1)))
     assert loader.state_dict()["samples"] == 8
