@@ -38,11 +38,11 @@ def main(overrides: list[str]) -> int:
 
     found = measure(run, checkpoint, corpus, samples=config.samples, micro_batch=config.micro_batch)
     shutdown()
-    print(f"{checkpoint}, {corpus.path}, at most {config.samples} sequences a domain, nats a token:\n")
-    print("\n".join(_table(found)))
     _write(
         Path(config.out) if config.out else checkpoint.parent.parent / "perplexity.json", checkpoint, found
     )
+    print(f"{checkpoint}, {corpus.path}, at most {config.samples} sequences a domain, nats a token:\n")
+    print("\n".join(_table(found)))
     return 0
 
 
