@@ -22,6 +22,8 @@ from megafab.checkpoint.reader import Reader
 from megafab.config import rules
 from megafab.config.load import config_directory, load
 from megafab.config.stages import check_all, of
+from megafab.data.derived import NEIGHBORS
+from megafab.data.format import Corpus
 
 ROOT = Path(__file__).parents[2]
 CONF = config_directory()
@@ -238,14 +240,28 @@ def test_a_damaged_parent_is_not_built_upon(corpus: Path, unbroken: Path, tmp_pa
     assert not (tmp_path / "training" / "stacked" / "start").exists()
 
 
+# Where recipes name the neighbours of chunks, and the chunks' length.
+RETRIEVING = {
+    "retro": ("data.retrieval", 16),
+    "retro_1_6b": ("data.retrieval", 64),
+    "retrofit": ("stages.retrofit.data.retrieval", 16),
+}
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("recipe/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_passes_the_rules(corpus: Path, path: Path):
-    command = [f"recipe={path.stem}", f"data.path={corpus}", "launch.ranks=4"]
+def test_every_recipe_passes_the_rules(corpus: Path, path: Path, tmp_path: Path):
+    ranks = 8 if "tensor: 8" in path.read_text() else 4
+    command = [f"recipe={path.stem}", f"data.path={corpus}", f"launch.ranks={ranks}"]
+    if path.stem in RETRIEVING:
+        key, chunk = RETRIEVING[path.stem]
+        facts = {"corpus": Corpus.open(corpus).fingerprint, "chunk": chunk, "neighbors": 20}
+        NEIGHBORS.write(tmp_path, dict.fromkeys(NEIGHBORS.keys, "") | facts)
+        command.append(f"{key}={tmp_path}")
     stages = of(command)
     check_all(stages)
     if not stages:
         config = load(command)
-        rules.check_all(config, ranks=4, corpus=rules.corpus_facts(config))
+        rules.check_all(config, ranks=ranks, corpus=rules.corpus_facts(config))
 
 
 def test_one_report_over_all_stages(unbroken: Path, tmp_path: Path):
