@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launch.output import write
 from megafab.config import load
 from megafab.config.generate import GenerateConfig, check
-from megafab.errors import ConfigError, UserError
+from megafab.errors import ConfigError
 
 
 def main(overrides: list[str]) -> int:
@@ -42,13 +43,6 @@ def main(overrides: list[str]) -> int:
         texts.append(config.prompt + tokenizer.decode(ids))
     shutdown()
     print(f"{checkpoint}, temperature {config.temperature}:\n", *texts, sep="\n")
-    _write(Path(config.out) if config.out else checkpoint.parent.parent / "sample.txt", texts)
+    out = Path(config.out) if config.out else checkpoint.parent.parent / "sample.txt"
+    write(out, "\n\n".join(texts) + "\n")
     return 0
-
-
-def _write(path: Path, texts: list[str]) -> None:
-    try:
-        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise UserError(f"out={path}", found, "a file to write", "choose another out=") from error

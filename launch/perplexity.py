@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.output import write
 from megafab.config import load
 from megafab.config.perplexity import PerplexityConfig, check
-from megafab.errors import ConfigError, UserError
+from megafab.errors import ConfigError
 
 if TYPE_CHECKING:
     from megafab.perplexity import Domain
@@ -38,9 +39,9 @@ def main(overrides: list[str]) -> int:
 
     found = measure(run, checkpoint, corpus, samples=config.samples, micro_batch=config.micro_batch)
     shutdown()
-    _write(
-        Path(config.out) if config.out else checkpoint.parent.parent / "perplexity.json", checkpoint, found
-    )
+    numbers = {"checkpoint": str(checkpoint), "domains": {name: one.rows for name, one in found.items()}}
+    out = Path(config.out) if config.out else checkpoint.parent.parent / "perplexity.json"
+    write(out, json.dumps(numbers, indent=1) + "\n")
     print(f"{checkpoint}, {corpus.path}, at most {config.samples} sequences a domain, nats a token:\n")
     print("\n".join(_table(found)))
     return 0
@@ -70,15 +71,3 @@ def _table(found: Mapping[str, Domain]) -> Iterator[str]:
             share = row["tokens"] / domain.modes["off"].tokens
             losses = ", ".join(f"{names[mode]} {row[mode]:.4f}" for mode in ("on", "off"))
             yield f"{name:<{wide}}  at most {row['at_most']:.1%}: {share:.1%} of the tokens; {losses}"
-
-
-def _write(path: Path, checkpoint: Path, found: Mapping[str, Domain]) -> None:
-    content = {
-        "checkpoint": str(checkpoint),
-        "domains": {name: domain.rows for name, domain in found.items()},
-    }
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        found_ = error.strerror or type(error).__name__
-        raise UserError(f"out={path}", found_, "a file to write", "choose another out=") from error

@@ -284,7 +284,7 @@ def _header(
     """What the reader of the terminal and the log wants to know first."""
     tokens, names = plan.corpus.tokens("train"), plan.corpus.domains
     domains = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(names, weights, strict=True))
-    retrieval = {} if plan.retrieval is None else {"retrieval": plan.retrieval.describe(shape.retro_layers)}
+    more = {} if plan.retrieval is None else {"retrieval": plan.retrieval.describe(shape.retro_layers)}
     return {
         "model": f"{config.model.name}: {shape.parameters:,} parameters, {config.model.layers} layers, "
         f"hidden {config.model.hidden}, sequence {config.model.seq_len}, vocabulary {shape.vocab:,}",
@@ -296,7 +296,7 @@ def _header(
         f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
         "schedule": schedule,
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
-        **retrieval,
+        **more,
         "run": config.run.dir,
     }
 

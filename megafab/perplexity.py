@@ -123,9 +123,11 @@ def measure(
         return vocab_parallel_nll(inputs.run(model), inputs.labels_BL.t(), groups.tensor).t().cpu()
 
     found: dict[str, Domain] = {name: Domain() for name in corpus.domains}
-    overlapping = {name: [overlaps(batch) for batch in rows] for name, rows in batches(right).items()}
-    for mode, source in sources.items():
-        for name, rows in batches(source).items():
+    read = {mode: batches(source) for mode, source in sources.items()}
+    # With the right neighbours, where there are any.
+    overlapping = {name: [overlaps(b) for b in rows] for name, rows in next(iter(read.values())).items()}
+    for mode, by_domain in read.items():
+        for name, rows in by_domain.items():
             sums = found[name].modes.setdefault(mode, Sums())
             for batch, overlap_BC in zip(rows, overlapping[name], strict=True):
                 nll_BL, asked_BL = losses(batch), batch.loss_mask_BL != 0

@@ -34,13 +34,13 @@ def of(config: RunConfig, corpus: Corpus) -> Retrieval | None:
         return None
     assert config.data.retrieval is not None, "the rules have passed"
     neighbors = Neighbors.open(config.data.retrieval, corpus, retro.chunk)
-    return Retrieval(neighbors, retro.neighbors, retro.retrieved or 2 * retro.chunk, retro.in_context)
+    return Retrieval(neighbors, retro.neighbors, retro.length, retro.in_context)
 
 
 def window(config: RunConfig) -> int:
     """Tokens of a window: of a row what is not retrieved."""
     retro = config.model.retro
-    return config.model.seq_len - (retro.in_context and (retro.retrieved or 2 * retro.chunk))
+    return config.model.seq_len - (retro.length if retro.in_context else 0)
 
 
 class LiveRetrieval:

@@ -371,11 +371,10 @@ class Checkpoints:
             )
         kept = start.optimizer is Carry.keep
         retrieved, retrieving = map(retrieves, (state["config"]["model"], self._resolved["model"]))
-        if kept and retrieving > retrieved:
-            found, expected = (
-                "weights without the layers that look at neighbours",
-                "moments of all parameters",
-            )
+        new_layers = retrieving and not retrieved
+        if kept and new_layers:
+            found = "weights without the layers that look at neighbours"
+            expected = "moments of all parameters"
             raise UserError(f"start.optimizer=keep, {where}", found, expected, "start.optimizer=reset")
         if kept:
             self._require_same_optimizer(path, where)
@@ -401,7 +400,7 @@ class Checkpoints:
             name: tensor
             for name, tensor in tensors.items()
             if (name.startswith(store.WEIGHT) or name in masks or name in mine)
-            and not (retrieving > retrieved and is_retro(name.partition("/")[2]))
+            and not (new_layers and is_retro(name.partition("/")[2]))
         }
         store.load(path, wanted, group=self._group)
         self._engine.load_state_dict(state["engine"] if kept else self._engine.state_dict())

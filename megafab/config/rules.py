@@ -226,7 +226,7 @@ def _moe_bias(facts: Facts) -> Iterator[Violation]:
         yield Violation("model.bias=true", "a model with experts", expected, "model.bias=false")
 
 
-# -- the mesh ------------------------------------------------------------------------------------------------
+# -- retrieval -----------------------------------------------------------------------------------------------
 
 
 @rule("retro-off")
@@ -270,7 +270,7 @@ def _retro_kv_heads(facts: Facts) -> Iterator[Violation]:
 @rule("retro-lengths")
 def _retro_lengths(facts: Facts) -> Iterator[Violation]:
     model, p = facts.config.model, facts.config.parallel
-    chunk, retrieved = model.retro.chunk, model.retro.retrieved or 2 * model.retro.chunk
+    chunk, retrieved = model.retro.chunk, model.retro.length
     if not chunk:
         return
     fix = f"model.seq_len={_next_multiple(model.seq_len, chunk)}"
@@ -322,6 +322,9 @@ def _retro_context(facts: Facts) -> Iterator[Violation]:
         found = f"model.retro.chunk={facts.config.model.retro.chunk}"
         expected = "whole sequences: a chunk's neighbours are looked at by the next chunk, on another rank"
         yield Violation(where, found, expected, fix)
+
+
+# -- the mesh ------------------------------------------------------------------------------------------------
 
 
 @rule("ranks")

@@ -414,8 +414,9 @@ class WindowReader:
             packed.loss_mask_BL[row, labels_B[row] :] = 0
         retrieved = None
         if self._retrieval is not None:
+            continues_B = self._continues(domain_B, window_B) if self._retrieval.in_context else None
             retrieved, passages = self._retrieval.read(
-                self._split, domain_B, window_B, self._seq_len, self._continues(domain_B, window_B)
+                self._split, domain_B, window_B, self._seq_len, continues_B
             )
             if passages is not None:
                 packed = put_in_front(passages, packed)

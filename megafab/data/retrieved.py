@@ -66,7 +66,12 @@ class Retrieval:
         )
 
     def read(
-        self, split: str, domain_B: np.ndarray, window_B: np.ndarray, length: int, continues_B: np.ndarray
+        self,
+        split: str,
+        domain_B: np.ndarray,
+        window_B: np.ndarray,
+        length: int,
+        continues_B: np.ndarray | None,
     ) -> tuple[Retrieved, Passages | None]:
         """What windows of `length` tokens retrieve, a whole number of chunks; window -1 retrieves nothing.
 
@@ -74,13 +79,13 @@ class Retrieval:
             split: of the corpus.
             domain_B, window_B: the windows.
             length: of each.
-            continues_B: whether the document of a window's first token began before it.
+            continues_B: whether the document of a window's first token began before it; `in_context` asks.
         """
         chunk, ahead = self.neighbors.chunk, int(self.in_context)
         row_BCK = np.full((len(domain_B), ahead + length // chunk, self.count), -1, np.int64)
         for row, (domain, window) in enumerate(zip(domain_B.tolist(), window_B.tolist(), strict=True)):
             if window >= 0 and self.shown is not Shown.none:
-                before = int(ahead and continues_B[row])
+                before = 0 if continues_B is None else int(continues_B[row])
                 chunks = before + length // chunk
                 row_BCK[row, ahead - before :] = self.neighbors.read(
                     split,

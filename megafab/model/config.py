@@ -60,6 +60,11 @@ class RetroConfig:
     # where there are more than 15, from the middle on where there are fewer than 6.
     layers: list[int] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of a neighbour, what follows it included."""
+        return self.retrieved or 2 * self.chunk
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:

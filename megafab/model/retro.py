@@ -76,7 +76,7 @@ class Sizes:
         return Sizes(
             config.retro.chunk,
             config.retro.neighbors,
-            shape.retrieved,
+            config.retro.length,
             config.retro.encoder_layers,
             shape.kv_heads,
             config.rope_base if rope else None,
@@ -86,6 +86,10 @@ class Sizes:
     def rows(self, seq_len: int) -> int:
         """Rows [*, B, H] that the neighbours of `seq_len` tokens are."""
         return seq_len // self.chunk * self.neighbors * self.retrieved
+
+    def parts(self, mask_BCX: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The three parts of a `retrieval_mask`: [B, C, K R], [B, C, M] and [B, C, M]."""
+        return mask_BCX.split((self.neighbors * self.retrieved, self.chunk, self.chunk), dim=-1)
 
     def table(self, position_X: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
         """The angles of positions, the same for all sequences; None where they are learned."""
@@ -212,9 +216,7 @@ class _EncoderLayer(MegatronModule):
             mask_BCX: `retrieval_mask`.
         """
         sizes = self.sizes
-        there_BCX, _, own_BCM = mask_BCX.split(
-            (mask_BCX.shape[-1] - 2 * sizes.chunk, sizes.chunk, sizes.chunk), dim=-1
-        )
+        there_BCX, _, own_BCM = sizes.parts(mask_BCX)
         there_NR = there_BCX.unflatten(-1, (-1, sizes.retrieved)).permute(1, 2, 0, 3).flatten(0, 2)
         # Where a neighbour is missing all see all: nobody looks at them, and a softmax of nothing is nan.
         seen_N1RR = (there_NR | ~there_NR.any(-1, keepdim=True))[:, None, None, :].expand(
@@ -311,9 +313,7 @@ class ChunkedCrossAttention(CrossAttention):
         nobody = query_SBAD.new_zeros(chunk - 1, *query_SBAD.shape[1:])
         query = torch.cat((query_SBAD[chunk - 1 :], nobody)).unflatten(0, (count, chunk))
         key_value = self.keys_values(context_LNH).unflatten(1, (count, -1, batch))  # [R, C, K, B, G, 2 D]
-        there_BCX, may_BCM, _ = attention_mask.split(
-            (attention_mask.shape[-1] - 2 * chunk, chunk, chunk), dim=-1
-        )
+        there_BCX, may_BCM, _ = sizes.parts(attention_mask)
         seen = self.attend(
             query.transpose(0, 1).flatten(1, 2),
             torch.arange(chunk - 1, 2 * chunk - 1, device=query.device),

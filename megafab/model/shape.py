@@ -72,11 +72,6 @@ class ModelShape:
         return tuple(range(first - 1, count, 3))
 
     @property
-    def retrieved(self) -> int:
-        """Tokens of a neighbour, what follows it included."""
-        return self.config.retro.retrieved or 2 * self.config.retro.chunk
-
-    @property
     def attention_matrix_parameters(self) -> int:
         """Weights of one attention block: query, key, value and output projections."""
         queries = self.config.heads * self.head_dim
@@ -181,10 +176,10 @@ class ModelShape:
             return 0.0, 0.0
         width = c.heads * self.head_dim
         queries, keys = 2 * c.hidden * width, 2 * c.hidden * self.kv_heads * self.head_dim
-        ratio = retro.neighbors * self.retrieved / retro.chunk
-        matrices, attention = queries + ratio * keys, 4.0 * width * retro.neighbors * self.retrieved
+        ratio = retro.neighbors * retro.length / retro.chunk
+        matrices, attention = queries + ratio * keys, 4.0 * width * retro.neighbors * retro.length
         if layer == self.retro_layers[0]:
             encoder_layer = self.attention_matrix_parameters + self._mlp_matrix_parameters(self.ffn)
             matrices += ratio * (retro.encoder_layers * encoder_layer + queries) + keys
-            attention += ratio * 4.0 * width * (retro.encoder_layers * self.retrieved + retro.chunk)
+            attention += ratio * 4.0 * width * (retro.encoder_layers * retro.length + retro.chunk)
         return matrices, attention

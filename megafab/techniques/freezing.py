@@ -37,8 +37,9 @@ class Freezing(Technique):
 
     def __init__(self, config: FreezingConfig, facts: Facts) -> None:
         super().__init__(config, facts)
-        sizes = parameter_shapes(facts.shape)
-        self._frozen = frozenset(name for name in sizes if not matches(name, config.trained))
+        names = parameter_shapes(facts.shape).keys()
+        self._frozen = frozenset(name for name in names if not matches(name, config.trained))
+        self._trained = len(names) - len(self._frozen)
 
     def on_plan(self, plan: RunPlan, mesh: Mesh) -> None:
         """Which parameters do not decay."""
@@ -59,5 +60,5 @@ class Freezing(Technique):
                 gradient.zero_()
 
     def metrics(self, losses: LedgerReport) -> Mapping[str, Any]:
-        """The number of parameters that are trained."""
-        return {"trained_tensors": len(parameter_shapes(self.facts.shape)) - len(self._frozen)}
+        """The number of tensors that are trained."""
+        return {"trained_tensors": self._trained}
