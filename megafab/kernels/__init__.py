@@ -1,0 +1,1 @@
+"""Fused kernels for the core layers; see README.md."""

@@ -1,0 +1,218 @@
+"""Builds the kernels: a library for the torch that is installed, or just to see that they compile.
+
+The library is built ahead by `make kernels` or at first use, never at import, and kept in a folder named
+after its sources, torch, CUDA and the GPUs it is for. Without a GPU the same command compiles every source
+for every target and prints what the compiler says of its registers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megafab.errors import UserError
+
+CSRC = Path(__file__).parent / "csrc"
+# Ampere, Hopper with its own instructions, Blackwell.
+TARGETS = ("80", "90a", "100")
+_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """CUDA's compiler: where CUDA is, and the version of nvcc."""
+
+    home: Path
+    version: str
+
+    @property
+    def nvcc(self) -> Path:
+        """The compiler."""
+        return self.home / "bin" / "nvcc"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one kernel takes on one target, as ptxas reports it; spills and stack in bytes a thread."""
+
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+def sources() -> list[Path]:
+    """All files that are compiled."""
+    return sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
+
+
+def toolchain() -> Toolchain | None:
+    """The CUDA toolkit of CUDA_HOME, of nvcc on PATH or in /usr/local/cuda; None if there is none."""
+    found = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), found and Path(found).resolve().parents[1], "/usr/local/cuda"]
+    for home in (Path(home) for home in homes if home):
+        # nvcc on PATH may be a script that starts another.
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+            version = re.search(r"release ([\d.]+)", said)
+            return Toolchain(home, version[1] if version else "unknown")
+    return None
+
+
+def missing() -> str | None:
+    """What would have to be installed for `library` to build; None: nothing."""
+    if torch.version.cuda is None:
+        return "a torch with CUDA"
+    if toolchain() is None:
+        return f"the CUDA toolkit {torch.version.cuda} (nvcc), with CUDA_HOME where it is"
+    for program in ("ninja", "g++"):
+        if shutil.which(program) is None:
+            return program
+    return None
+
+
+def target_of_device() -> str:
+    """The target for this process' GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def library(targets: Sequence[str]) -> Path:
+    """The kernels as a library for this torch, built if it is not there yet; others wait for the one who does.
+
+    Raises:
+        UserError: it does not compile.
+    """
+    tools = toolchain()
+    assert tools is not None
+    told = "\0".join((torch.__version__, str(torch.version.cuda), tools.version, *_FLAGS, *targets))
+    code = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    key = hashlib.sha256(told.encode() + code).hexdigest()[:16]
+    out = _cache() / key
+    name = "megafab_kernels"
+    built = out / f"{name}.so"
+    if not built.exists():
+        from torch.utils import cpp_extension
+
+        out.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("CUDA_HOME", str(tools.home))
+        try:
+            cpp_extension.load(
+                name,
+                [str(path) for path in sources()],
+                extra_cflags=["-O2"],
+                extra_cuda_cflags=[*_FLAGS, *_architectures(targets)],
+                build_directory=str(out),
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            log = out / "error.log"
+            log.write_text(str(error))
+            raise UserError(
+                "kernels",
+                f"they do not compile with nvcc {tools.version} for torch {torch.__version__}: see {log}",
+                f"the CUDA toolkit that torch was built with, {torch.version.cuda}",
+                "install it, or set kernels=reference",
+            ) from error
+    return built
+
+
+def compile_all(out: Path, targets: Sequence[str] = TARGETS) -> list[Usage]:
+    """Compiles every kernel for every target, into objects in `out`, without a GPU or a torch with CUDA.
+
+    Raises:
+        UserError: there is no nvcc, or a source does not compile.
+    """
+    tools = toolchain()
+    if tools is None:
+        raise UserError("nvcc", "none", "the CUDA toolkit", "install it, and set CUDA_HOME to where it is")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def one(source: Path) -> list[Usage]:
+        command = [str(tools.nvcc), *_FLAGS, *_architectures(targets), "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+        command += ["-c", str(source), "-o", str(out / f"{source.stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            log = out / f"{source.stem}.log"
+            log.write_text(done.stderr)
+            raise UserError(str(source), f"it does not compile: see {log}", "CUDA C++", "mend it")
+        return _usages(done.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [usage for usages in pool.map(one, sorted(CSRC.glob("*.cu"))) for usage in usages]
+
+
+def _architectures(targets: Sequence[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "megafab" / "kernels"
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def _usages(report: str) -> list[Usage]:
+    """The kernels of a report of `ptxas -v`."""
+    usages, kernel, target, stack, spills = [], "", "", 0, 0
+    for line in report.splitlines():
+        if entry := _ENTRY.search(line):
+            kernel, target = entry.groups()
+        elif frame := _STACK.search(line):
+            stack, spills = int(frame[1]), int(frame[2]) + int(frame[3])
+        elif (used := _USED.search(line)) and kernel:
+            usages.append(Usage(kernel, target, int(used[1]), int(used[2] or 0), stack, spills))
+            kernel = ""
+    return _demangled(usages)
+
+
+def _demangled(usages: list[Usage]) -> list[Usage]:
+    if not usages or shutil.which("c++filt") is None:
+        return usages
+    names = "\n".join(usage.kernel for usage in usages)
+    said = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+    plain = (name.replace("(anonymous namespace)::", "").partition("(")[0] for name in said.splitlines())
+    return [
+        Usage(name.replace("void megafab::", ""), u.target, u.registers, u.shared, u.stack, u.spills)
+        for name, u in zip(plain, usages, strict=True)
+    ]
+
+
+def main() -> None:
+    """Builds the library where torch has CUDA; else compiles the kernels and prints what they take."""
+    lacking = missing()
+    if lacking is None:
+        targets = [target_of_device()] if torch.cuda.is_available() else TARGETS
+        print(library(targets))
+        return
+    usages = compile_all(_cache() / "objects")
+    wide = max(len(usage.kernel) for usage in usages)
+    print(f"{'kernel':<{wide}}  target   registers  shared  stack  spills")
+    for u in usages:
+        print(
+            f"{u.kernel:<{wide}}  {u.target:<7}  {u.registers:>9}  {u.shared:>6}  {u.stack:>5}  {u.spills:>6}"
+        )
+    print(f"{len(usages)} kernels compile; to use them, install {lacking}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,108 @@
+"""The table of operators: for each a schema, a reference, a fake and a gradient; CUDA comes from `csrc`.
+
+An operator is defined in two namespaces of `torch.ops`:
+
+- `megafab`: on a GPU the kernel, once its library is loaded (`dispatch.py`); on a CPU the reference.
+- `megafab_reference`: the reference on every device, which is also what kernels are checked against.
+
+`chosen(name)` is the one that layers call. Gradients call backward operators of their own namespace, so that
+a comparison compares both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+KERNELS, REFERENCE = "megafab", "megafab_reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An operator; `register` puts it into a namespace.
+
+    Attributes:
+        name: of the operator.
+        schema: its arguments and results, as torch writes them.
+        reference: computes it with torch's own operators, on any device.
+        fake: the results' shapes and types without the work.
+        keep: `(ctx, inputs, output)`, what backward needs; None: it has no gradient.
+        backward: `(ops, ctx, *grads)`, the gradient of each argument, from the operators `ops` of its namespace.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    keep: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+
+
+OPS: dict[str, Op] = {}
+_LIBRARIES: list[torch.library.Library] = []  # operators live as long as these do
+_CHOSEN: dict[str, Any] = {}
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Add an operator to the table and to both namespaces; the reference is chosen until `choose` is called."""
+    name = schema.partition("(")[0]
+    OPS[name] = op = Op(name, schema, reference, fake, keep, backward)
+    register(op, KERNELS, "CPU")
+    register(op, REFERENCE, "CompositeExplicitAutograd")
+    choose(name, REFERENCE)
+
+
+def register(op: Op, namespace: str, key: str | None) -> None:
+    """Define `op` in a namespace of `torch.ops`.
+
+    Args:
+        op: what to define.
+        namespace: where.
+        key: the dispatch key that the reference answers for; None: a library will bring its own.
+    """
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    library.define(op.schema)
+    if key is not None:
+        library.impl(op.name, op.reference, key)
+    name = f"{namespace}::{op.name}"
+    torch.library.register_fake(name, op.fake, lib=library)
+    if op.backward is not None:
+        ops, backward = getattr(torch.ops, namespace), op.backward
+        torch.library.register_autograd(
+            name, lambda ctx, *grads: backward(ops, ctx, *grads), setup_context=op.keep, lib=library
+        )
+
+
+def choose(name: str, namespace: str) -> None:
+    """Have layers call the operator of a namespace."""
+    _CHOSEN[name] = getattr(getattr(torch.ops, namespace), name).default
+
+
+def chosen(name: str) -> Any:
+    """The operator that layers are to call."""
+    return _CHOSEN[name]
+
+
+def dense(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors, copied where they do not lie dense in memory."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def wide_type(tensor: torch.Tensor) -> torch.dtype:
+    """In what a reference computes: float32, or float64 where that is what it was given."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in `wide_type`."""
+    return tensor.to(wide_type(tensor))

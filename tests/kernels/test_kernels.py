@@ -1,0 +1,132 @@
+"""The kernels without a GPU: their sources compile and are executed, thread by thread, on the CPU.
+
+What is checked of every operator: the reference's gradient against finite differences; schema, fake and
+gradient by torch's own opcheck; the CUDA source against the reference in float64, in both orders of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+
+from megafab.kernels import build, ops
+from tools.bench.kernel_cases import CASES, DTYPES, TOLERANCE, Case, error, exact, inputs, results
+
+needs_nvcc = pytest.mark.skipif(build.toolchain() is None, reason="no nvcc (CUDA_HOME)")
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.large else []) for c in CASES]
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).rpartition(".")[2])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What nobody wrote is nan."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_operator_has_a_case():
+    """An operator without one would go unchecked; backward operators are reached through gradients."""
+    reached = {name for case in CASES for name in case.ops}
+    forward = {name for name in ops.OPS if not name.endswith("_backward")}
+    assert reached == forward
+
+
+@every_dtype
+@every_case
+@needs_nvcc
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_matches_the_reference_in_float64(case: Case, dtype: torch.dtype):
+    """Results and gradients of the CUDA sources."""
+    emulator.load()
+    given = inputs(case, dtype)
+    found, expected = results(case, emulator.NAMESPACE, given), exact(case, given)
+    assert [error(a, b) for a, b in zip(found, expected, strict=True)] == pytest.approx(
+        [0.0] * len(expected), abs=TOLERANCE[dtype]
+    )
+
+
+@every_case
+@needs_nvcc
+def test_the_order_of_threads_does_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """A missing barrier shows: the threads of each block run in the other order, and nothing moves."""
+    emulator.load()
+    given = inputs(case, torch.bfloat16)
+    forth = results(case, emulator.NAMESPACE, given)
+    monkeypatch.setenv("EMULATOR_ORDER", "reverse")
+    back = results(case, emulator.NAMESPACE, given)
+    for a, b in zip(forth, back, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@every_dtype
+@every_case
+def test_reference_matches_itself_in_float64(case: Case, dtype: torch.dtype):
+    """What the CPU computes with, in its own precision."""
+    given = inputs(case, dtype)
+    for a, b in zip(results(case, ops.REFERENCE, given), exact(case, given), strict=True):
+        assert error(a, b) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=lambda c: c.name)
+def test_gradient_of_the_reference(case: Case):
+    """By finite differences in float64."""
+    given = inputs(case, torch.float64)
+    for name in case.ops:
+        ops.choose(name, ops.REFERENCE)
+    if any(x is not None and x.requires_grad for x in given):
+        assert torch.autograd.gradcheck(lambda *own: case.call(*own), given, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("namespace", [ops.KERNELS, ops.REFERENCE])
+@pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=lambda c: c.name)
+def test_wiring(case: Case, namespace: str):
+    """Schema, fake and gradient agree with what the operator does."""
+    for name, arguments in calls(case, namespace):
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        torch.library.opcheck(operator, arguments)
+
+
+def calls(case: Case, namespace: str) -> list[tuple[str, tuple]]:
+    """The operators that a case calls, with their arguments."""
+    seen: list[tuple[str, tuple]] = []
+    given = inputs(case, torch.float32)
+
+    class Record(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "namespace", None) == namespace:
+                seen.append((func._opname, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        results(case, namespace, given)
+    assert {name for name, _ in seen} == set(case.ops)
+    return seen
+
+
+@needs_nvcc
+def test_every_source_compiles_for_every_target_without_spills(tmp_path: Path):
+    """Registers and stack from ptxas' report."""
+    usages = build.compile_all(tmp_path)
+    assert {usage.target for usage in usages} == {f"sm_{target}" for target in build.TARGETS}
+    assert [usage for usage in usages if usage.spills or usage.stack] == []
+
+
+def test_nothing_is_built_at_import():
+    """Importing all of the kernels starts no compiler."""
+    code = (
+        "import subprocess, sys\n"
+        "subprocess.Popen = subprocess.run = None\n"
+        "import megafab.kernels.norm, megafab.kernels.build\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
