@@ -90,7 +90,7 @@ def target_of_device() -> str:
 
 
 def library(targets: Sequence[str]) -> Path:
-    """The kernels as a library for this torch, built if it is not there yet; others wait for the one who does.
+    """The kernels as a library for this torch, built if it is not there yet; one process does, others wait.
 
     Raises:
         UserError: it does not compile.

@@ -59,8 +59,8 @@ def _add_norm(
 def _norm_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # LayerNorm's backward at mean 0 is RMSNorm's but for the row's mean of grad x weight x rstd, which it takes
-    # off and is added again: about half the time of torch's own RMSNorm on a CPU.
+    # LayerNorm's backward at mean 0 is RMSNorm's but for the row's mean of grad x weight x rstd, which it
+    # takes off and is added again: about half the time of torch's own RMSNorm on a CPU.
     columns, scale = x.shape[-1], rstd.view(*x.shape[:-1], 1)
     grad, factor = wide(grad), wide(weight)
     middle = torch.zeros_like(scale) if mean is None else mean.view_as(scale)

@@ -30,7 +30,7 @@ class Op:
         reference: computes it with torch's own operators, on any device.
         fake: the results' shapes and types without the work.
         keep: `(ctx, inputs, output)`, what backward needs; None: it has no gradient.
-        backward: `(ops, ctx, *grads)`, the gradient of each argument, from the operators `ops` of its namespace.
+        backward: `(ops, ctx, *grads)`, the gradient of each argument, by the operators `ops` of a namespace.
     """
 
     name: str
@@ -53,7 +53,7 @@ def define(
     keep: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Add an operator to the table and to both namespaces; the reference is chosen until `choose` is called."""
+    """Add an operator to the table and to both namespaces; its reference is chosen, until `choose`."""
     name = schema.partition("(")[0]
     OPS[name] = op = Op(name, schema, reference, fake, keep, backward)
     register(op, KERNELS, "CPU")

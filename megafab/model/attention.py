@@ -29,7 +29,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megafab.model.rope import apply_rope
+from megafab.kernels.rope import rotate_both
 from megafab.topology.config import ContextMethod
 
 # Below this head size a CPU's attention kernel spends more on packing bf16 for its backward products than
@@ -60,7 +60,7 @@ def attention_mask(document_BS: torch.Tensor, rows_L: torch.Tensor | None = None
 
 
 class RopeSelfAttention(SelfAttention):
-    """Core's self-attention with the rotation done from a table of positions (`rope.rope_table`).
+    """Core's self-attention with the rotation done from a table of positions (`kernels.rope.rope_table`).
 
     The table arrives as `rotary_pos_emb` through core's own argument, is kept for the length of this
     call and applied where queries and keys are split, so that core does not rotate a second time.
@@ -78,7 +78,7 @@ class RopeSelfAttention(SelfAttention):
         """Query, key and value, the first two rotated: [L, B, H or G, D]."""
         query, key, *rest = cast(tuple, super().get_query_key_value_tensors(*args, **kwargs))
         if self._rope_table is not None:
-            query, key = apply_rope(query, self._rope_table), apply_rope(key, self._rope_table)
+            query, key = rotate_both(query, key, self._rope_table)
         return query, key, *rest
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megafab.model.rope import rope_table
+from megafab.kernels.rope import rope_table
 from megafab.run import Retrieved
 
 

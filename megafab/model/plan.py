@@ -13,26 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megafab.model.activation import GatedUnit
+from megafab.model.activation import FUNCTIONS, ActivationUnit
 from megafab.model.attention import CoreAttention, RopeSelfAttention
-from megafab.model.config import Activation, ModelConfig, Norm, Position
+from megafab.model.config import ModelConfig, Norm, Position
 from megafab.model.gpt import GPT
 from megafab.model.init import initialize
+from megafab.model.layer import FeedForward, Layer, get_bias_dropout_add
 from megafab.model.moe import Router
 from megafab.model.norms import Norm as NormLayer
 from megafab.model.retro import Sizes, at_stage_boundary, looks_at_neighbors
@@ -41,19 +40,6 @@ from megafab.model.tags import freeze, tag_all
 from megafab.platform import platform
 from megafab.topology.config import ContextMethod
 from megafab.topology.groups import Groups
-
-
-def _squared_relu(x: torch.Tensor) -> torch.Tensor:
-    return F.relu(x).square()
-
-
-_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    Activation.gelu: F.gelu,
-    Activation.relu: F.relu,
-    Activation.squared_relu: _squared_relu,
-    Activation.swiglu: F.silu,
-    Activation.geglu: F.gelu,
-}
 
 
 @dataclass(slots=True)
@@ -200,9 +186,10 @@ def _transformer_config(
         ffn_hidden_size=shape.ffn,
         normalization="LayerNorm" if config.norm is Norm.layernorm else "RMSNorm",
         layernorm_epsilon=config.norm_eps,
-        activation_func=_ACTIVATIONS[config.activation],
+        activation_func=FUNCTIONS[config.activation],
         gated_linear_unit=shape.gated,
-        use_te_activation_func=shape.gated,  # core's name for an activation from the layer's spec: GatedUnit
+        # Core's name for an activation from the spec, which it takes for few: that of gated experts.
+        use_te_activation_func=shape.gated,
         add_bias_linear=config.bias,
         qk_layernorm=config.qk_norm,
         hidden_dropout=config.dropout,
@@ -244,9 +231,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 _MLP_PARTS = MLPSubmodules(
-    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=GatedUnit
+    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=ActivationUnit
 )
-MLP_SPEC = ModuleSpec(module=MLP, submodules=_MLP_PARTS)
+MLP_SPEC = ModuleSpec(module=FeedForward, submodules=_MLP_PARTS)
 
 
 def _moe_spec(config: ModelConfig) -> ModuleSpec:
@@ -274,7 +261,7 @@ def _attention_spec(config: ModelConfig, core_attention: type) -> ModuleSpec:
 
 def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=NormLayer,
             self_attention=attention,

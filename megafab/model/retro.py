@@ -50,9 +50,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megafab.kernels.rope import rope_table, rotate
 from megafab.model.attention import CoreAttention
 from megafab.model.norms import Norm
-from megafab.model.rope import apply_rope, rope_table
 from megafab.model.shape import ModelShape
 from megafab.run import Retrieved
 
@@ -176,7 +176,7 @@ class CrossAttention(MegatronModule):
         key, value = key_value.chunk(2, dim=-1)
         tables = self.sizes.table(query_at, query), self.sizes.table(key_at, key)
         if tables[0] is not None and tables[1] is not None:
-            query, key = apply_rope(query, tables[0]), apply_rope(key, tables[1])
+            query, key = rotate(query, tables[0]), rotate(key, tables[1])
         mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
         if self._recomputes and self.training:
             return cast(torch.Tensor, checkpoint(self.core_attention, False, query, key, value, mask))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megafab.kernels import build, ops
-from tools.bench.kernel_cases import CASES, DTYPES, TOLERANCE, Case, error, exact, inputs, results
+from tools.bench.kernel_cases import CASES, DTYPES, Case, error, exact, inputs, results
 
 needs_nvcc = pytest.mark.skipif(build.toolchain() is None, reason="no nvcc (CUDA_HOME)")
 every_case = pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_kernel_matches_the_reference_in_float64(case: Case, dtype: torch.dtype)
     given = inputs(case, dtype)
     found, expected = results(case, emulator.NAMESPACE, given), exact(case, given)
     assert [error(a, b) for a, b in zip(found, expected, strict=True)] == pytest.approx(
-        [0.0] * len(expected), abs=TOLERANCE[dtype]
+        [0.0] * len(expected), abs=case.tolerance(dtype)
     )
 
 
@@ -75,7 +75,7 @@ def test_reference_matches_itself_in_float64(case: Case, dtype: torch.dtype):
     """What the CPU computes with, in its own precision."""
     given = inputs(case, dtype)
     for a, b in zip(results(case, ops.REFERENCE, given), exact(case, given), strict=True):
-        assert error(a, b) <= TOLERANCE[dtype]
+        assert error(a, b) <= case.tolerance(dtype)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=lambda c: c.name)

@@ -199,12 +199,12 @@ def test_masks_by_hand(ranks):
 
 def rotated(rank, world, positions, base):
     """A vector of ones in 4 dimensions turned by its position, and the gradient through the rotation."""
-    from megafab.model.rope import apply_rope, rope_table
+    from megafab.kernels.rope import rope_table, rotate
 
     table = rope_table(torch.tensor([positions]), 4, base, torch.float64)
     x = torch.ones(len(positions), 1, 1, 4, dtype=torch.float64, requires_grad=True)
-    out = apply_rope(x, table)
-    checked = torch.autograd.gradcheck(lambda x: apply_rope(x, table), (x,), raise_exception=False)
+    out = rotate(x, table)
+    checked = torch.autograd.gradcheck(lambda x: rotate(x, table), (x,), raise_exception=False)
     return out.detach().reshape(-1, 4), checked
 
 
@@ -225,7 +225,7 @@ def test_rotation_by_hand(ranks):
 
 
 def long_positions(rank, world):
-    from megafab.model.rope import rope_table
+    from megafab.kernels.rope import rope_table
 
     return rope_table(torch.tensor([[1_000_000]]), 2, 10000.0, torch.float32).flatten()
 

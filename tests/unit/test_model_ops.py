@@ -10,12 +10,24 @@ import torch.nn.functional as F
 
 def gated(rank, world, activation, dtype):
     """Output and input gradient of the gated unit, and of the two halves multiplied in fp64."""
-    from megafab.model.activation import _Gated
+    from megatron.core.transformer import TransformerConfig
+
+    from megafab.model.activation import ActivationUnit
 
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(3, 2, 10, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(3, 2, 5, generator=generator).to(dtype)
-    out = _Gated.apply(both, activation)
+    unit = ActivationUnit(
+        TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=1,
+            gated_linear_unit=True,
+            activation_func=activation,
+            add_bias_linear=False,
+        )
+    )
+    out = unit(both)
     out.backward(grad)
     exact = both.detach().double().requires_grad_()
     gate, linear = exact.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""What the kernels are checked on: each public function of `megafab.kernels` with inputs that reach all its paths.
+"""What the kernels are checked on: the functions of `megafab.kernels` with inputs that reach all their paths.
 
 Both the tests and `kernels.py` beside this file compare what a case gives with its reference in float64.
 """
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import megafab.kernels.dropout  # noqa: F401
 from megafab.kernels import ops
+from megafab.kernels.activation import GATED, activate
 from megafab.kernels.norm import add_norm, norm
+from megafab.kernels.rope import rope_table, rotate
+from megafab.kernels.softmax import masked_softmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # ||result - exact|| / ||exact||, the exact of the same rounded inputs: a few roundings of each type.
@@ -27,10 +31,11 @@ class Case:
         name: of the case.
         ops: the operators it calls.
         call: from the inputs to a tensor or several; what changes in place counts as a result, copied before.
-        make: the inputs; floating point ones of the kind that `Make` was made with. Those that require a gradient
-            get one.
+        make: the inputs; floating point ones of the type that `Make` was made with. Those that require a
+            gradient get one.
         large: many elements; for the slow tests.
         small: few enough for finite differences.
+        slack: how many times `TOLERANCE` it may be off, where what is kept for backward is rounded.
     """
 
     name: str
@@ -39,6 +44,11 @@ class Case:
     make: Callable[[Make], Sequence[Tensor | None]]
     large: bool = False
     small: bool = False
+    slack: float = 1.0
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far off it may be."""
+        return TOLERANCE[dtype] * self.slack
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,8 @@ def _results(case: Case, given: Sequence[Tensor | None]) -> Iterator[Tensor]:
     if learning and reached:
         # Not the same for every element, and of the layout that a transpose leaves.
         grads = [torch.linspace(-1, 1, x.numel(), device=x.device).to(x.dtype).view_as(x) for x in reached]
-        yield from torch.autograd.grad(reached, learning, grads)
+        found = torch.autograd.grad(reached, learning, grads, allow_unused=True)
+        yield from (grad for grad in found if grad is not None)
 
 
 def exact(case: Case, given: Sequence[Tensor | None]) -> list[Tensor]:
@@ -134,4 +145,98 @@ def _norms() -> Iterator[Case]:
             )
 
 
-CASES: tuple[Case, ...] = (*_norms(),)
+def _activations() -> Iterator[Case]:
+    for kind in ("gelu", "relu", "squared_relu", "swiglu", "geglu"):
+        for rows, width, bias in ((2, 3, True), (7, 64, False), (3, 520, True), (5, 33, True), (0, 8, False)):
+
+            def make(
+                make: Make, kind: str = kind, rows: int = rows, width: int = width, bias: bool = bias
+            ) -> list[Tensor | None]:
+                width *= 2 if kind in GATED else 1
+                return [make.normal(rows, width), make.normal(width) if bias else None]
+
+            name = f"{kind}-{rows}x{width}{'-bias' if bias else ''}"
+            call = lambda x, bias, kind=kind: activate(x, bias, kind)  # noqa: E731
+            yield Case(name, ("activation",), call, make, small=width == 3)
+
+
+def _dropouts() -> Iterator[Case]:
+    for rows, columns, p, bias in (
+        (2, 3, 0.3, True),
+        (6, 128, 0.1, False),
+        (5, 100, 0.5, True),
+        (3, 16, 0.0, True),
+    ):
+
+        def make(
+            make: Make, rows: int = rows, columns: int = columns, bias: bool = bias
+        ) -> list[Tensor | None]:
+            weights = [make.normal(columns) if bias else None, make.integers(2**40)]
+            return [make.normal(rows, columns), make.normal(rows, columns), *weights]
+
+        def call(x: Tensor, residual: Tensor, bias: Tensor | None, seed: Tensor, p: float = p) -> Tensor:
+            return ops.chosen("dropout")(x, bias, residual, p, seed if p else None)
+
+        yield Case(f"dropout-{rows}x{columns}-{p}", ("dropout",), call, make, small=columns == 3)
+
+
+def _ropes() -> Iterator[Case]:
+    def both(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.chosen("rope")(q, k, rope_table(position, q.shape[-1], 100.0, q.dtype), False)
+
+    def alone(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
+        return rotate(q, rope_table(position[:1], q.shape[-1], 100.0, q.dtype))
+
+    def in_place(mixed: Tensor, _: Tensor, position: Tensor) -> Tensor:
+        """Query and key as parts of one tensor, beside values that stay."""
+        mixed, third = mixed.clone(), mixed.shape[-1] // 3
+        q, k = mixed[..., :third], mixed[..., third : 2 * third]
+        ops.chosen("rope_")(q, k, rope_table(position, third, 100.0, q.dtype), True)
+        return mixed
+
+    for length, batch, heads, groups, dim in (
+        (2, 1, 1, 1, 4),
+        (5, 2, 4, 2, 64),
+        (3, 2, 3, 1, 20),
+        (3, 1, 2, 2, 128),
+    ):
+
+        def make(
+            make: Make,
+            grad: bool = True,
+            sizes: tuple[int, int] = (length, batch),
+            heads: int = heads,
+            groups: int = groups,
+            dim: int = dim,
+        ) -> list[Tensor | None]:
+            q, k = (make.normal(*sizes, count, dim, grad=grad) for count in (heads, groups))
+            return [q, k, make.integers(50, sizes[1], sizes[0])]
+
+        name, small = f"{length}x{batch}x{heads}x{dim}", dim == 4
+        yield Case(f"rope-{name}", ("rope",), both, make, small=small)
+        yield Case(f"rope-alone-{name}", ("rope",), alone, make, small=small)
+        tripled = lambda m, make=make, dim=dim: make(m, grad=False, dim=3 * dim)  # noqa: E731
+        yield Case(f"rope-in-place-{name}", ("rope_",), in_place, tripled)
+
+
+def _softmaxes() -> Iterator[Case]:
+    for sizes, mask, causal in (
+        ((1, 2, 2, 3), (1, 1, 2, 3), False),
+        ((2, 2, 3, 40), (2, 1, 3, 40), True),
+        ((1, 3, 5, 37), None, True),
+        ((2, 1, 2, 700), (2, 1, 1, 700), False),
+        ((1, 1, 2, 20000), None, False),
+    ):
+
+        def make(make: Make, sizes=sizes, mask=mask) -> list[Tensor | None]:
+            allowed = None if mask is None else make.integers(2, *mask).bool()
+            return [make.normal(*sizes), allowed]
+
+        def call(scores: Tensor, mask: Tensor | None, causal: bool = causal) -> Tensor:
+            return masked_softmax(scores, mask, 0.7, causal=causal)
+
+        name = f"masked_softmax-{'x'.join(map(str, sizes))}{'-causal' if causal else ''}"
+        yield Case(name, ("masked_softmax",), call, make, small=sizes[-1] == 3, slack=8)
+
+
+CASES: tuple[Case, ...] = (*_norms(), *_activations(), *_dropouts(), *_ropes(), *_softmaxes())

@@ -8,7 +8,9 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "launch.h"
 
@@ -116,10 +118,155 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   return {grad_x, grad_weight, grad_bias};
 }
 
+// ---- activation --------------------------------------------------------------------------------------------
+
+megafab::ActivationKind kind_of(std::string_view name) {
+  using Kind = megafab::ActivationKind;
+  if (name == "gelu") return Kind::gelu;
+  if (name == "relu") return Kind::relu;
+  if (name == "squared_relu") return Kind::squared_relu;
+  if (name == "swiglu") return Kind::swiglu;
+  TORCH_CHECK(name == "geglu", "no activation ", name);
+  return Kind::geglu;
+}
+
+Tensor activate_or_gradient(const Optional& grad, const Tensor& x, const Optional& bias, std::string_view kind_name) {
+  const c10::DeviceGuard guard(x.device());
+  const auto kind = kind_of(kind_name);
+  const int64_t parts = kind == megafab::ActivationKind::swiglu || kind == megafab::ActivationKind::geglu ? 2 : 1;
+  TORCH_CHECK(columns_of(x) % parts == 0, "two halves of ", x.sizes());
+  const int columns = columns_of(x) / parts;
+  TORCH_CHECK(!bias || bias->numel() == columns * parts, "a bias for ", columns * parts, " columns");
+  auto sizes = x.sizes().vec();
+  sizes.back() = columns;
+  TORCH_CHECK(!grad || grad->sizes() == at::IntArrayRef(sizes), "a gradient of ", sizes);
+  Tensor y = grad ? at::empty_like(x) : at::empty(sizes, x.options());
+  megafab::activation(
+      {type_of(x), kind, rows_of(x), columns, dense(x, x, "x"), dense(bias, x, "bias"), dense(grad, x, "grad"),
+       y.mutable_data_ptr()},
+      stream());
+  return y;
+}
+
+Tensor activation(const Tensor& x, const Optional& bias, std::string_view kind) {
+  return activate_or_gradient(std::nullopt, x, bias, kind);
+}
+
+Tensor activation_backward(const Tensor& grad, const Tensor& x, const Optional& bias, std::string_view kind) {
+  return activate_or_gradient(grad, x, bias, kind);
+}
+
+// ---- dropout -----------------------------------------------------------------------------------------------
+
+Tensor drop(const Tensor& x, const Optional& bias, const Optional& residual, double p, const Optional& seed) {
+  const c10::DeviceGuard guard(x.device());
+  const int columns = columns_of(x);
+  TORCH_CHECK(p >= 0 && p < 1, "a probability below 1, found ", p);
+  TORCH_CHECK(!bias || bias->numel() == columns, "a bias for ", columns, " columns");
+  TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "a residual of x's sizes ", x.sizes());
+  TORCH_CHECK(!seed || (seed->numel() == 1 && seed->device() == x.device()), "one seed, on ", x.device());
+  Tensor y = at::empty_like(x);
+  megafab::dropout(
+      {type_of(x), x.numel(), columns, dense(x, x, "x"), dense(bias, x, "bias"), dense(residual, x, "residual"),
+       y.mutable_data_ptr(), seed ? seed->const_data_ptr<int64_t>() : nullptr,
+       static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p))},
+      stream());
+  return y;
+}
+
+Tensor dropout_backward(const Tensor& grad, double p, const Tensor& seed) {
+  return drop(grad, std::nullopt, std::nullopt, p, seed);
+}
+
+// ---- rope --------------------------------------------------------------------------------------------------
+
+megafab::Heads heads_of(const Tensor& from, const Tensor& to) {
+  TORCH_CHECK(from.dim() == 4 && from.size(3) % 2 == 0, "heads [L, B, H, D] of an even size, found ", from.sizes());
+  TORCH_CHECK(from.stride(3) == 1 && to.stride(3) == 1, "a head that is dense, found strides ", from.strides());
+  megafab::Heads heads{static_cast<int>(from.size(2)), from.const_data_ptr(), to.mutable_data_ptr(), {}, {}};
+  for (int i = 0; i < 3; ++i) {
+    heads.from_strides[i] = from.stride(i);
+    heads.to_strides[i] = to.stride(i);
+  }
+  return heads;
+}
+
+void rotate(const Tensor& x, const Tensor& to, const Optional& k, const Tensor& k_to, const Tensor& table, bool back) {
+  const c10::DeviceGuard guard(x.device());
+  const int64_t length = x.size(0), batch = x.size(1), half = x.size(3) / 2;
+  const std::vector<int64_t> angles = {2, length, batch, 1, half};
+  const Tensor spread = table.expand(angles);
+  TORCH_CHECK(table.scalar_type() == x.scalar_type() && table.stride(4) == 1, "a dense table of x's type");
+  megafab::Rope call{type_of(x), length, batch, static_cast<int>(half), {heads_of(x, to), {}}, table.const_data_ptr(),
+                     {spread.stride(0), spread.stride(1), spread.stride(2)}, back ? -1.0f : 1.0f};
+  TORCH_CHECK(length * batch < (int64_t(1) << 31), "fewer tokens than ", length * batch);
+  if (k) {
+    TORCH_CHECK(k->scalar_type() == x.scalar_type() && k->size(0) == length && k->size(1) == batch &&
+                    k->size(3) == 2 * half, "queries and keys of the same tokens, found ", x.sizes(), " and ", k->sizes());
+    call.x[1] = heads_of(*k, k_to);
+  }
+  megafab::rope(call, stream());
+}
+
+// As attention reads fastest: [B, H, L, D] in memory; gradients as they go on: [L, B, H, D].
+Tensor empty_heads(const Tensor& x, bool back) {
+  const auto s = x.sizes();
+  if (back) return at::empty(s, x.options());
+  return at::empty({s[1], s[2], s[0], s[3]}, x.options()).permute({2, 0, 1, 3});
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Optional& k, const Tensor& table, bool back) {
+  const Tensor q_out = empty_heads(q, back), k_out = k ? empty_heads(*k, back) : at::empty({0}, q.options());
+  rotate(q, q_out, k, k_out, table, back);
+  return {q_out, k_out};
+}
+
+void rope_(const Tensor& q, const Optional& k, const Tensor& table, bool back) {
+  rotate(q, q, k, k ? *k : q, table, back);
+}
+
+// ---- softmax -----------------------------------------------------------------------------------------------
+
+Tensor masked_softmax(const Tensor& scores, const Optional& mask, double scale, bool causal) {
+  const c10::DeviceGuard guard(scores.device());
+  TORCH_CHECK(scores.dim() == 4, "scores [B, H, L, S], found ", scores.sizes());
+  Tensor out = at::empty_like(scores);
+  megafab::Softmax call{type_of(scores), scores.size(0), scores.size(1), scores.size(2), columns_of(scores),
+                        dense(scores, scores, "scores"), nullptr, {}, causal, static_cast<float>(scale), nullptr,
+                        out.mutable_data_ptr()};
+  if (mask) {
+    const Tensor spread = mask->expand(scores.sizes());
+    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->stride(3) == 1, "a mask of bool, its rows dense");
+    call.mask = spread.const_data_ptr<bool>();
+    for (int i = 0; i < 3; ++i) call.mask_strides[i] = spread.stride(i);
+  }
+  megafab::masked_softmax(call, stream());
+  return out;
+}
+
+Tensor masked_softmax_backward(const Tensor& grad, const Tensor& probabilities, double scale) {
+  const c10::DeviceGuard guard(grad.device());
+  const Tensor& p = probabilities;
+  Tensor out = at::empty_like(p);
+  megafab::masked_softmax(
+      {type_of(p), p.size(0), p.size(1), p.size(2), columns_of(p), dense(p, p, "probabilities"), nullptr, {}, false,
+       static_cast<float>(scale), dense(grad, p, "grad"), out.mutable_data_ptr()},
+      stream());
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(MEGAFAB_LIBRARY, MEGAFAB_DEVICE, m) {
   m.impl("norm", &norm);
   m.impl("add_norm", &add_norm);
   m.impl("norm_backward", &norm_backward);
+  m.impl("activation", &activation);
+  m.impl("activation_backward", &activation_backward);
+  m.impl("dropout", &drop);
+  m.impl("dropout_backward", &dropout_backward);
+  m.impl("rope", &rope);
+  m.impl("rope_", &rope_);
+  m.impl("masked_softmax", &masked_softmax);
+  m.impl("masked_softmax_backward", &masked_softmax_backward);
 }
