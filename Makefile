@@ -17,7 +17,7 @@ ARGS ?=
 ENGINE ?= megatron
 QUICKSTART := runs/quickstart$(if $(filter-out megatron,$(ENGINE)),_$(ENGINE))
 
-.PHONY: help setup quickstart test test-all lint format clean
+.PHONY: help setup quickstart kernels test test-all lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s $$'\t'
@@ -43,6 +43,9 @@ quickstart: setup ## Make a corpus, train on 4 ranks, generate, report (ENGINE=d
 	$(BIN)/megafab generate checkpoint=$(QUICKSTART) prompt="def main("
 	@echo "== 4/4 report: $(QUICKSTART)/report.html"
 	$(BIN)/megafab report $(QUICKSTART)
+
+kernels: setup ## Build the CUDA kernels for this machine's GPU; without one, compile them and show what they take
+	$(BIN)/python -m megafab.kernels.build
 
 test: setup ## Tests that need neither a GPU nor much time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"

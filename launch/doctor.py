@@ -35,16 +35,9 @@ REQUIRED = (
     Part("sentencepiece", "SentencePiece tokenizers", "make setup"),
     Part("tokenizers", "tokenizer.json tokenizers", "make setup"),
 )
-_UNUSED = "nothing in this version"
 OPTIONAL = (
-    Part(
-        "transformer-engine",
-        _UNUSED,
-        "pip install 'megafab[gpu]'",
-        "transformer_engine",
-    ),
-    Part("apex", f"{_UNUSED}: AdamW is PyTorch's fused one", "build it from github.com/NVIDIA/apex"),
-    Part("flash-attn", f"{_UNUSED}: attention is PyTorch's own", "pip install 'megafab[gpu]'", "flash_attn"),
+    Part("apex", "kernels=apex: its norms", "build it from github.com/NVIDIA/apex"),
+    Part("ninja", "building the CUDA kernels", "pip install 'megafab[gpu]'"),
     Part("deepspeed", "engine=deepspeed: ZeRO and offload", "pip install deepspeed"),
     Part("wandb", "following runs in the browser", "pip install wandb"),
     Part("tensorboard", "tracking.tensorboard=true", "pip install tensorboard"),
@@ -60,8 +53,8 @@ OPTIONAL = (
     Part("transformers", "the judge of megafab ckpt convert", "pip install 'megafab[eval]'"),
 )
 COMMANDS = (
-    Part("g++", "compiling extensions in C++", "install a C++ compiler"),
-    Part("nvcc", "compiling extensions in CUDA", "install the CUDA toolkit"),
+    Part("g++", "building the CUDA kernels", "install a C++ compiler"),
+    Part("nvcc", "building the CUDA kernels", "install the CUDA toolkit"),
     Part("sbatch", "jobs on a Slurm cluster", "log in to one"),
     Part("srun", "ranks on a Slurm cluster", "log in to one"),
 )

@@ -27,6 +27,7 @@ from megafab.engine.config import EngineName
 from megafab.engine.megatron import MegatronEngine
 from megafab.engine.sharded import Memory
 from megafab.errors import ConfigError
+from megafab.kernels import dispatch
 from megafab.loss.ledger import LossLedger
 from megafab.model import plan as model_plan
 from megafab.model.shape import ModelShape
@@ -66,6 +67,8 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
     shape = ModelShape.of(config.model, corpus.vocab_size)
     mesh = Mesh.of(config.parallel, ranks)
     groups = topology.initialize(mesh, seed=config.train.seed, timeout_minutes=config.launch.timeout_minutes)
+    message = message if groups.rank == 0 else _silent
+    kernels = dispatch.set_up(config.kernels, message)
     window = retrieval.window(config)
     weights = mixture.weights(config.data.mixture, corpus, config.data.temperature)
     schedules = Schedules(
@@ -87,7 +90,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         data_rank=mesh.data_rank(groups.rank),
         capabilities=kind.capabilities,
         agree_max=groups.agree_max,
-        message=message if groups.rank == 0 else _silent,
+        message=message,
     )
     data = DataPlan(corpus, retrieval=retrieval.of(config, corpus))
     engine = _engine(kind, config, shape, groups, bus, data)
@@ -110,7 +113,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         config.run,
         config.tracking,
         config=plain,
-        header=_header(config, shape, mesh, data, weights, engine.memory(), schedules.describe()),
+        header=_header(config, shape, mesh, data, weights, engine.memory(), schedules.describe(), kernels),
         preface=list(schedule_text.lines(schedules)),
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
@@ -280,6 +283,7 @@ def _header(
     weights: tuple[float, ...],
     memory: Memory,
     schedule: str,
+    kernels: str,
 ) -> Mapping[str, str]:
     """What the reader of the terminal and the log wants to know first."""
     tokens, names = plan.corpus.tokens("train"), plan.corpus.domains
@@ -294,6 +298,7 @@ def _header(
         "optimizer state",
         "FLOPs": f"{shape.flops_per_token():.3g} a token, "
         f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
+        "kernels": kernels,
         "schedule": schedule,
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",
         **more,

@@ -15,6 +15,8 @@ import torch
 from megafab.checkpoint import store
 from megafab.checkpoint.pieces import whole
 from megafab.config.schema import RunConfig
+from megafab.kernels import dispatch
+from megafab.kernels.config import Kernels
 from megafab.model import plan as model_plan
 from megafab.model.gpt import GPT
 from megafab.model.shape import ModelShape
@@ -60,6 +62,7 @@ def new_model(config: RunConfig, tokenizer_vocab: int, groups: Groups) -> GPT:
         tokenizer_vocab: ids of the tokenizer.
         groups: those of one rank.
     """
+    dispatch.set_up(Kernels.auto)
     plan = model_plan.plan(
         ModelShape.of(config.model, tokenizer_vocab),
         groups,

@@ -12,6 +12,7 @@ from enum import Enum
 from megafab.checkpoint.config import CheckpointConfig, StartConfig
 from megafab.data.config import DataConfig, EvalConfig
 from megafab.engine.config import EngineConfig
+from megafab.kernels.config import Kernels
 from megafab.model.config import ModelConfig
 from megafab.optim.config import BatchRampConfig, Count, OptimConfig, ScheduleConfig
 from megafab.resilience.config import ResilienceConfig
@@ -60,6 +61,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: Kernels = Kernels.auto
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -25,6 +25,7 @@ from megafab.errors import UserError
 CSRC = Path(__file__).parent / "csrc"
 # Ampere, Hopper with its own instructions, Blackwell.
 TARGETS = ("80", "90a", "100")
+_NAME = "megafab_kernels"
 _FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 
 
@@ -89,28 +90,37 @@ def target_of_device() -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
+def unavailable(where: str, lacking: str) -> UserError:
+    """That kernels were asked for which cannot be had."""
+    return UserError(where, "none here", lacking, "install it, or set kernels=auto")
+
+
+def library_path(targets: Sequence[str]) -> Path:
+    """Where the library is, once it is built."""
+    tools = toolchain()
+    assert tools is not None
+    told = "\0".join((torch.__version__, str(torch.version.cuda), tools.version, *_FLAGS, *targets))
+    code = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    return _cache() / hashlib.sha256(told.encode() + code).hexdigest()[:16] / f"{_NAME}.so"
+
+
 def library(targets: Sequence[str]) -> Path:
     """The kernels as a library for this torch, built if it is not there yet; one process does, others wait.
 
     Raises:
         UserError: it does not compile.
     """
-    tools = toolchain()
+    built, tools = library_path(targets), toolchain()
     assert tools is not None
-    told = "\0".join((torch.__version__, str(torch.version.cuda), tools.version, *_FLAGS, *targets))
-    code = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
-    key = hashlib.sha256(told.encode() + code).hexdigest()[:16]
-    out = _cache() / key
-    name = "megafab_kernels"
-    built = out / f"{name}.so"
     if not built.exists():
         from torch.utils import cpp_extension
 
+        out = built.parent
         out.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("CUDA_HOME", str(tools.home))
         try:
             cpp_extension.load(
-                name,
+                _NAME,
                 [str(path) for path in sources()],
                 extra_cflags=["-O2"],
                 extra_cuda_cflags=[*_FLAGS, *_architectures(targets)],

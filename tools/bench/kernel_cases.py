@@ -83,7 +83,7 @@ def results(case: Case, namespace: str, given: Sequence[Tensor | None]) -> list[
         return list(_results(case, given))
     finally:
         for name, op in before.items():
-            ops.choose(name, op.namespace)
+            ops.replace(name, op)
 
 
 def _results(case: Case, given: Sequence[Tensor | None]) -> Iterator[Tensor]:
