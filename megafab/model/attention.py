@@ -30,6 +30,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megafab.kernels.rope import rotate_both
+from megafab.kernels.softmax import masked_softmax
 from megafab.topology.config import ContextMethod
 
 # Below this head size a CPU's attention kernel spends more on packing bf16 for its backward products than
@@ -57,6 +58,69 @@ def attention_mask(document_BS: torch.Tensor, rows_L: torch.Tensor | None = None
     causal_LS = rows[:, None] >= torch.arange(size, device=document_BS.device)
     same_BLS = document_BS[:, rows, None] == document_BS[:, None, :]
     return (same_BLS & causal_LS).unsqueeze(1)
+
+
+def attend(
+    query_BHLD: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    *,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """softmax(Q K^T scale) V by PyTorch's SDPA; on a GPU where none of its fused kernels can, in parts.
+
+    Args:
+        query_BHLD: queries.
+        key_BGSD, value_BGSD: of fewer heads, of which each serves H / G of the queries', or as many.
+        mask: bool [B or 1, H or 1, L or 1, S], true where a query may look.
+        dropout: the share of probabilities to drop.
+        causal: query l sees the keys up to l; without a mask only.
+        scale: multiplies the scores.
+    """
+    grouped = key_BGSD.shape[1] != query_BHLD.shape[1]
+    if query_BHLD.is_cuda:
+        params = torch.backends.cuda.SDPAParams(
+            query_BHLD, key_BGSD, value_BGSD, mask, dropout, causal, grouped
+        )
+        if not (
+            torch.backends.cuda.can_use_flash_attention(params)
+            or torch.backends.cuda.can_use_efficient_attention(params)
+            or torch.backends.cuda.can_use_cudnn_attention(params)
+        ):
+            return attend_in_parts(
+                query_BHLD, key_BGSD, value_BGSD, mask, dropout, causal=causal, scale=scale
+            )
+    return F.scaled_dot_product_attention(
+        query_BHLD,
+        key_BGSD,
+        value_BGSD,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+
+
+def attend_in_parts(
+    query_BHLD: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    *,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """As `attend`, with the scores in memory: two products around a fused softmax."""
+    repeat = query_BHLD.shape[1] // key_BGSD.shape[1]
+    if repeat > 1:
+        key_BGSD, value_BGSD = (x.repeat_interleave(repeat, dim=1) for x in (key_BGSD, value_BGSD))
+    probability_BHLS = masked_softmax(query_BHLD @ key_BGSD.transpose(2, 3), mask, scale, causal=causal)
+    return F.dropout(probability_BHLS, dropout) @ value_BGSD
 
 
 class RopeSelfAttention(SelfAttention):
@@ -131,28 +195,19 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query, key, value, mask, *, causal: bool = True) -> torch.Tensor:
         """One SDPA call on [L, B, H, D] tensors; `causal` matters only without a mask."""
-        grouped, dtype = key.shape[2] != query.shape[2], query.dtype
-        if grouped and mask is not None and query.is_cuda:
+        dtype = query.dtype
+        if key.shape[2] != query.shape[2] and mask is not None and query.is_cuda:
             # CUDA's only fused kernel that takes a mask wants as many keys as queries.
             repeat = query.shape[2] // key.shape[2]
             key, value = (x.repeat_interleave(repeat, dim=2) for x in (key, value))
-            grouped = False
         if dtype is torch.bfloat16 and query.device.type == "cpu" and query.shape[-1] < _BF16_HEAD_ON_CPU:
             query, key, value = query.float(), key.float(), value.float()
         dropout = self.dropout if self.training else 0.0
         # Heads of different tensor ranks must not drop alike. With sequence parallelism the block forks.
         forks = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks else nullcontext():  # pyright: ignore
-            out = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal and mask is None,
-                scale=self.scale,
-                enable_gqa=grouped,
-            )
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = attend(query, key, value, mask, dropout, causal=causal and mask is None, scale=self.scale)
         return out.permute(2, 0, 1, 3).to(dtype)
 
     def _attend_gathered(self, query, key, value, mask) -> torch.Tensor:

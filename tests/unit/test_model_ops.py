@@ -103,3 +103,31 @@ def test_cross_entropy_in_blocks(ranks):
     ((value_error, gradient_error),) = ranks.run(nll_in_blocks)
     assert value_error < 5e-6
     assert gradient_error < 1e-6
+
+
+def in_parts(rank, world, groups, masked):
+    """Attention with its scores in memory, and PyTorch's: outputs and gradients."""
+    from megafab.model.attention import attend, attend_in_parts
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 4, 6, 5), (2, groups, 6, 5), (2, groups, 6, 5))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril() if masked else None
+    if mask is not None:
+        mask[1, :, 3:, :2] = False
+    both = []
+    for function in (attend_in_parts, attend):
+        given = [
+            torch.randn(*s, generator=generator.manual_seed(n)).requires_grad_() for n, s in enumerate(sizes)
+        ]
+        out = function(*given, mask, 0.0, causal=not masked, scale=0.3)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        both.append([out.detach(), *(x.grad for x in given)])
+    return both
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_in_parts_is_attention(ranks, groups, masked):
+    ((found, expected),) = ranks.run(in_parts, groups, masked)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
