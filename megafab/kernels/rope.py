@@ -34,27 +34,26 @@ def rotate(x_LBHD: Tensor, table: Tensor) -> Tensor:
 
 
 def rotate_both(query_LBHD: Tensor, key_LBHD: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the same tokens, turned at once.
-
-    On a GPU in place, which spares a copy of them until backward: they must not be needed as they were. On a
-    CPU into tensors that lie in memory as [B, H, L, D], which its attention reads fastest.
-    """
-    if query_LBHD.is_cuda:
-        return _InPlace.apply(query_LBHD, key_LBHD, table)  # pyright: ignore
+    """Queries and keys of the same tokens, turned at once; the results lie in memory as [B, H, L, D]."""
     return chosen("rope")(query_LBHD, key_LBHD, table, False)
 
 
-class _InPlace(torch.autograd.Function):
-    """Turns its arguments and hands them on.
+def rotate_both_(query_LBHD: Tensor, key_LBHD: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rotate_both`, in place, which spares a copy of both until backward.
 
-    They are parts of one tensor, of which autograd lets nobody mark a part as changed. That is sound: neither
-    the product that made it nor the split keeps what they gave.
+    They may be parts of one tensor, and must not be needed as they were.
     """
+    return _InPlace.apply(query_LBHD, key_LBHD, table)  # pyright: ignore
+
+
+class _InPlace(torch.autograd.Function):
+    """Turns its arguments and hands them on, without telling autograd: it refuses to hear that parts of one
+    tensor have changed. That is sound where nothing has kept them for backward."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(table)
-        chosen("rope_")(query.detach(), key.detach(), table, False)
+        chosen("rope_")(query.data, key.data, table, False)  # of `data` autograd does not count the changes
         return query.view_as(query), key.view_as(key)
 
     @staticmethod

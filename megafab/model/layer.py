@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed import ProcessGroup
 
 from megafab.kernels.dropout import bias_dropout_add
 from megafab.model.activation import ActivationUnit
@@ -57,9 +60,10 @@ class Layer(TransformerLayer):
 class FeedForward(MLP):
     """Core's feed-forward layer with the bias of its first product in the activation."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation_func = ActivationUnit(self.config)
+    def __init__(self, config: TransformerConfig, tp_group: ProcessGroup | None = None) -> None:
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, parts, tp_group=tp_group)
+        self.activation_func = ActivationUnit(config)
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: None = None, **_: Any):
         """[L, B, H] to [L, B, H] and the bias that is still to be added, or None."""

@@ -78,11 +78,11 @@ def plan(
     transformer = _transformer_config(shape, groups, precision, recompute, sequence_parallel)
     core_attention = type("CoreAttention", (CoreAttention,), {"context_method": context_method})
     attention = _attention_spec(shape.config, core_attention)
-    specs = _layer_spec(attention, MLP_SPEC), _layer_spec(attention, _moe_spec(shape.config))
+    specs = _layer_spec(attention, FeedForward), _layer_spec(attention, _moe_spec(shape.config))
     looking = specs
     if shape.retro_layers:
         sizes = _retro_sizes(shape)
-        looking = tuple(looks_at_neighbors(spec, sizes, attention, MLP_SPEC) for spec in specs)
+        looking = tuple(looks_at_neighbors(spec, sizes, attention) for spec in specs)
 
     def layer_spec(layer: int) -> ModuleSpec:
         return (looking if layer in shape.retro_layers else specs)[shape.is_moe_layer(layer)]
@@ -230,15 +230,14 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-_MLP_PARTS = MLPSubmodules(
+_EXPERT_PARTS = MLPSubmodules(
     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=ActivationUnit
 )
-MLP_SPEC = ModuleSpec(module=FeedForward, submodules=_MLP_PARTS)
 
 
 def _moe_spec(config: ModelConfig) -> ModuleSpec:
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=_MLP_PARTS) if config.moe.shared_ffn else None
-    experts = ModuleSpec(module=SequentialMLP, submodules=_MLP_PARTS)
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=_EXPERT_PARTS) if config.moe.shared_ffn else None
+    experts = ModuleSpec(module=SequentialMLP, submodules=_EXPERT_PARTS)
     return ModuleSpec(
         module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=Router)
     )
@@ -259,7 +258,7 @@ def _attention_spec(config: ModelConfig, core_attention: type) -> ModuleSpec:
     )
 
 
-def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec | type[FeedForward]) -> ModuleSpec:
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(

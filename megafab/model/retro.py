@@ -52,6 +52,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megafab.kernels.rope import rope_table, rotate
 from megafab.model.attention import CoreAttention
+from megafab.model.layer import FeedForward
 from megafab.model.norms import Norm
 from megafab.model.shape import ModelShape
 from megafab.run import Retrieved
@@ -191,7 +192,6 @@ class _EncoderLayer(MegatronModule):
         config: TransformerConfig,
         sizes: Sizes,
         attention: ModuleSpec,
-        mlp: ModuleSpec,
         groups: ProcessGroupCollection,
         layer: int,
         looks: bool,
@@ -205,7 +205,7 @@ class _EncoderLayer(MegatronModule):
             self.cross_attention = CrossAttention(config, sizes, groups, layer)
         self.looks = looks
         self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mlp = build_module(mlp, config=config, tp_group=groups.tp)
+        self.mlp = FeedForward(config, tp_group=groups.tp)
 
     def forward(self, x_LNH: torch.Tensor, chunk_LBH: torch.Tensor, mask_BCX: torch.Tensor) -> torch.Tensor:
         """Neighbours [L, N, H] to the same shape.
@@ -259,12 +259,11 @@ class Encoder(MegatronModule):
         config: TransformerConfig,
         sizes: Sizes,
         attention: ModuleSpec,
-        mlp: ModuleSpec,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.layers = torch.nn.ModuleList(
-            _EncoderLayer(config, sizes, attention, mlp, groups, layer + 1, looks=layer == 0)
+            _EncoderLayer(config, sizes, attention, groups, layer + 1, looks=layer == 0)
             for layer in range(sizes.encoder_layers)
         )
         self.final_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
@@ -289,7 +288,6 @@ class ChunkedCrossAttention(CrossAttention):
         layer_number: int,
         sizes: Sizes,
         attention: ModuleSpec,
-        mlp: ModuleSpec,
         pg_collection: ProcessGroupCollection,
         **_: object,
     ) -> None:
@@ -298,7 +296,7 @@ class ChunkedCrossAttention(CrossAttention):
         if config.sequence_parallel:
             self._ranks, self._rank = pg_collection.tp.size(), pg_collection.tp.rank()
         is_first = layer_number - 1 == sizes.layers[0]
-        self.encoder = Encoder(config, sizes, attention, mlp, pg_collection) if is_first else None
+        self.encoder = Encoder(config, sizes, attention, pg_collection) if is_first else None
 
     def forward(self, hidden_LBH, attention_mask=None, key_value_states=None, **_):
         """`attention_mask` is a `retrieval_mask`, `key_value_states` the neighbours [L, N, H]; null: none."""
@@ -346,20 +344,19 @@ def _add_what_is_seen(training: bool, fused: bool) -> Callable[..., torch.Tensor
     return add
 
 
-def looks_at_neighbors(spec: ModuleSpec, sizes: Sizes, attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+def looks_at_neighbors(spec: ModuleSpec, sizes: Sizes, attention: ModuleSpec) -> ModuleSpec:
     """The spec of the same layer with chunked cross-attention.
 
     Args:
         spec: of a decoder layer.
         sizes: of the model.
         attention: self-attention of the encoder.
-        mlp: its feed-forward layer.
     """
     parts = dataclasses.replace(
         cast(Any, spec.submodules),
         pre_cross_attn_layernorm=Norm,
         cross_attention=ModuleSpec(
-            module=ChunkedCrossAttention, params={"sizes": sizes, "attention": attention, "mlp": mlp}
+            module=ChunkedCrossAttention, params={"sizes": sizes, "attention": attention}
         ),
         cross_attn_bda=_add_what_is_seen,
     )

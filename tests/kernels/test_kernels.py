@@ -6,6 +6,7 @@ gradient by torch's own opcheck; the CUDA source against the reference in float6
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_wiring(case: Case, namespace: str):
     for name, arguments in calls(case, namespace):
         operator = getattr(getattr(torch.ops, namespace), name).default
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=lambda c: c.name)
+def test_traces_whole(case: Case):
+    """Nothing breaks the graph that torch.compile makes of a layer, forward and backward."""
+    given = inputs(case, torch.float32)
+    traced = dataclasses.replace(case, call=torch.compile(case.call, fullgraph=True, backend="aot_eager"))
+    found, expected = (results(c, ops.KERNELS, given) for c in (traced, case))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def calls(case: Case, namespace: str) -> list[tuple[str, tuple]]:

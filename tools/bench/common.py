@@ -7,6 +7,7 @@ block of each counts; the spread is kept beside it.
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -70,17 +71,22 @@ def passed(began: Clock, ended: Clock) -> Clock:
 
 def facts() -> dict[str, Any]:
     """The machine and the versions that a number depends on."""
-    from importlib.metadata import version
-
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
+        "torch": _version("torch"),
+        "megatron_core": _version("megatron-core"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -15,7 +15,7 @@ import megafab.kernels.dropout  # noqa: F401
 from megafab.kernels import ops
 from megafab.kernels.activation import GATED, activate
 from megafab.kernels.norm import add_norm, norm
-from megafab.kernels.rope import rope_table, rotate
+from megafab.kernels.rope import rope_table, rotate, rotate_both_
 from megafab.kernels.softmax import masked_softmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,12 +187,11 @@ def _ropes() -> Iterator[Case]:
     def alone(q: Tensor, k: Tensor, position: Tensor) -> Tensor:
         return rotate(q, rope_table(position[:1], q.shape[-1], 100.0, q.dtype))
 
-    def in_place(mixed: Tensor, _: Tensor, position: Tensor) -> Tensor:
+    def in_place(mixed: Tensor, _: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         """Query and key as parts of one tensor, beside values that stay."""
-        mixed, third = mixed.clone(), mixed.shape[-1] // 3
-        q, k = mixed[..., :third], mixed[..., third : 2 * third]
-        ops.chosen("rope_")(q, k, rope_table(position, third, 100.0, q.dtype), True)
-        return mixed
+        q, k, v = (mixed * 2).chunk(3, dim=-1)
+        q, k = rotate_both_(q, k, rope_table(position, q.shape[-1], 100.0, q.dtype))
+        return q, k, v
 
     for length, batch, heads, groups, dim in (
         (2, 1, 1, 1, 4),
@@ -203,20 +202,19 @@ def _ropes() -> Iterator[Case]:
 
         def make(
             make: Make,
-            grad: bool = True,
             sizes: tuple[int, int] = (length, batch),
             heads: int = heads,
             groups: int = groups,
             dim: int = dim,
         ) -> list[Tensor | None]:
-            q, k = (make.normal(*sizes, count, dim, grad=grad) for count in (heads, groups))
+            q, k = (make.normal(*sizes, count, dim) for count in (heads, groups))
             return [q, k, make.integers(50, sizes[1], sizes[0])]
 
         name, small = f"{length}x{batch}x{heads}x{dim}", dim == 4
         yield Case(f"rope-{name}", ("rope",), both, make, small=small)
         yield Case(f"rope-alone-{name}", ("rope",), alone, make, small=small)
-        tripled = lambda m, make=make, dim=dim: make(m, grad=False, dim=3 * dim)  # noqa: E731
-        yield Case(f"rope-in-place-{name}", ("rope_",), in_place, tripled)
+        tripled = lambda m, make=make, dim=dim: make(m, dim=3 * dim)  # noqa: E731
+        yield Case(f"rope-in-place-{name}", ("rope_", "rope"), in_place, tripled)
 
 
 def _softmaxes() -> Iterator[Case]:
