@@ -23,7 +23,9 @@ from megafab.engine.sharded import Memory, memory_of
 from megafab.engine.slices import Slice, is_owner
 from megafab.model.tags import TaggedParameter, decays
 from megafab.optim import elementwise
+from megafab.optim.adamw import AdamW
 from megafab.optim.config import OptimConfig
+from megafab.optim.lion import Lion
 from megafab.topology.groups import Groups
 
 
@@ -57,8 +59,8 @@ class Distributed:
         # Core chains them: one for dense parameters, one for experts.
         chained = self._core.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
         self._parts: list[DistributedOptimizer] = [o for o in chained if not o.is_stub_optimizer]
-        for part in self._parts:
-            _replace_inner(part, optim)
+        self._inner = [_replace_inner(part, optim) for part in self._parts]
+        self._overlaps = engine.overlap_param_gather
         by_parameter = {id(t.parameter): t for t in tagged}
         self.slices = list(_slices(self._parts, elementwise.MOMENTS[optim.name], by_parameter, groups))
 
@@ -74,22 +76,31 @@ class Distributed:
 
     def gradients(self) -> Sequence[torch.Tensor]:
         """Of `slices`, flat, as views."""
-        return [_gradient(s) for s in self.slices]
+        return [_gradient(s.master) for s in self.slices]
 
-    def step(self, lr: float, weight_decay: float) -> None:
+    def step(self, lr: float, weight_decay: float, scale: float) -> None:
         """Update the masters, and the model from them."""
         for group in self._core.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay * group["wd_mult"]
-        self._core.step_with_ready_grads()
+        for part, inner in zip(self._parts, self._inner, strict=True):
+            masters = [master for group in inner.param_groups for master in group["params"]]
+            elementwise.scale(inner, [_gradient(master) for master in masters], scale)
+            inner.step()
+            # AdamW has written the model's bf16 weights; fp32 masters are the model's own.
+            if not isinstance(inner, AdamW):
+                part._copy_main_params_to_model_params()
+        if not self._overlaps:  # else they are gathered as the next forward pass needs them
+            for chunk in self._chunks:
+                chunk.start_param_sync()
 
     def discard(self) -> None:
         """The buffers are zeroed before they are used again."""
 
     def set_updates(self, updates: int) -> None:
         """Set the optimizer's counters."""
-        for part in self._parts:
-            elementwise.set_updates(part.optimizer, updates)
+        for inner in self._inner:
+            elementwise.set_updates(inner, updates)
 
     def commit(self) -> None:
         """Update the model from the masters, on every rank."""
@@ -135,7 +146,7 @@ def _core_config(optim: OptimConfig, transformer: TransformerConfig, engine: Eng
     )
 
 
-def _replace_inner(part: DistributedOptimizer, optim: OptimConfig) -> None:
+def _replace_inner(part: DistributedOptimizer, optim: OptimConfig) -> AdamW | Lion:
     """Have core's sharding step the optimizer of the configuration, over the ranges core made."""
     groups = part.optimizer.param_groups
     # Core's fp32 ranges are views of parameters, which torch takes in place of leaves only afterwards.
@@ -146,12 +157,18 @@ def _replace_inner(part: DistributedOptimizer, optim: OptimConfig) -> None:
     for mine, core in zip(inner.param_groups, groups, strict=True):
         mine["params"] = core["params"]
     elementwise.prime(inner, [p for group in groups for p in group["params"]])
+    if isinstance(inner, AdamW):
+        for masters, copies in zip(
+            part.shard_fp32_from_float16_groups, part.shard_float16_groups, strict=True
+        ):
+            inner.copies.update(zip(masters, copies, strict=True))
     part.optimizer = inner  # pyright: ignore[reportAttributeAccessIssue]
+    return inner
 
 
-def _gradient(s: Slice) -> torch.Tensor:
-    assert s.master.grad is not None
-    return s.master.grad
+def _gradient(master: torch.Tensor) -> torch.Tensor:
+    assert master.grad is not None
+    return master.grad
 
 
 def _slices(

@@ -32,7 +32,9 @@ from megafab.engine.slices import Slice, is_owner
 from megafab.model.shape import ModelShape
 from megafab.model.tags import TaggedParameter, decays
 from megafab.optim import elementwise
+from megafab.optim.adamw import AdamW
 from megafab.optim.config import OptimConfig, OptimName
+from megafab.optim.lion import Lion
 from megafab.optim.matrix import Fusion, MatrixOptimizer, is_layer_matrix
 from megafab.optim.muon import Muon
 from megafab.optim.soap import SOAP
@@ -167,7 +169,7 @@ class LayerWise:
         """Of `slices`, flat."""
         return self._gradients
 
-    def step(self, lr: float, weight_decay: float) -> None:
+    def step(self, lr: float, weight_decay: float, scale: float) -> None:
         """Update the masters, and the model from them."""
         for group in self._inner.param_groups:
             group["lr"] = lr * self._adamw_lr
@@ -175,9 +177,12 @@ class LayerWise:
         of_ranges = self._gradients[: len(self._ranges)]
         for master, gradient in zip(self._masters, of_ranges, strict=True):
             master.grad = gradient
+        elementwise.scale(self._inner, of_ranges, scale)
         self._inner.step()
         self._inner.zero_grad()
         of_matrices = self._gradients[len(self._ranges) :]
+        if scale != 1.0 and of_matrices:
+            torch._foreach_mul_(of_matrices, scale)  # pyright: ignore
         for parameter, gradient in zip(self._parameters, of_matrices, strict=True):
             gradient = gradient.view_as(parameter.weight)
             self._optimizer.update(parameter, gradient, lr=lr, decay=weight_decay, updates=self._updates)
@@ -267,7 +272,7 @@ def _adamw(
     ranges: Sequence[tuple[TaggedParameter, int, torch.Tensor]],
     masters: Sequence[torch.Tensor],
     optim: OptimConfig,
-) -> torch.optim.Optimizer:
+) -> AdamW | Lion:
     groups: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for (t, _, _), master in zip(ranges, masters, strict=True):
         groups[decays(t.name, t.parameter)].append(master)

@@ -114,9 +114,7 @@ class ScheduledEngine(ABC):
             self._optimizer.discard()
             return StepOutcome(False, verdict, stats.norm)
         scale = update_scale(verdict, stats.norm, self._clip)
-        if scale != 1.0:
-            torch._foreach_mul_(list(self._optimizer.gradients()), scale)  # pyright: ignore
-        self._optimizer.step(plan.lr, plan.weight_decay)
+        self._optimizer.step(plan.lr, plan.weight_decay, scale)
         self._updates += 1
         return StepOutcome(True, verdict, stats.norm)
 

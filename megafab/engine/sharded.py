@@ -35,11 +35,11 @@ class ShardedOptimizer(Protocol):
         ...
 
     def gradients(self) -> Sequence[torch.Tensor]:
-        """The gradients of `slices`, flat, to be scaled in place; between `prepare` and `step`."""
+        """The gradients of `slices`, flat, to be changed in place; between `prepare` and `step`."""
         ...
 
-    def step(self, lr: float, weight_decay: float) -> None:
-        """Update the masters by the gradients, and the model from the masters."""
+    def step(self, lr: float, weight_decay: float, scale: float) -> None:
+        """Update the masters by the gradients times `scale`, and the model from the masters."""
         ...
 
     def discard(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megafab.checkpoint.pieces import LogicalTensor, flat_slice
+from megafab.kernels.multi_tensor import sum_of_squares
 from megafab.model.tags import TaggedParameter
 from megafab.run import Action, Verdict
 from megafab.topology.groups import Groups
@@ -53,10 +54,8 @@ def global_norm(gradients: Iterable[tuple[Slice, torch.Tensor]], groups: Groups)
         groups: this rank's place.
     """
     owned = [gradient for s, gradient in gradients if s.owner and gradient.numel()]
-    device = owned[0].device if owned else groups.device
-    norms = torch._foreach_norm(owned) if owned else (torch.zeros((), device=device),)  # pyright: ignore
-    square = torch.stack(norms).float().square().sum().to(groups.device)
-    return float(groups.sum_over_job(square).sqrt())
+    square = sum_of_squares(owned) if owned else torch.zeros(())
+    return float(groups.sum_over_job(square.to(groups.device)).sqrt())
 
 
 def update_scale(verdict: Verdict, norm: float, clip: float) -> float:

@@ -95,9 +95,10 @@ class Zero:
         """Of `slices`, flat, as views; between `reduce` and `step` or `discard`."""
         return [gradient for part in self._parts for gradient in part.gradients()]
 
-    def step(self, lr: float, weight_decay: float) -> None:
+    def step(self, lr: float, weight_decay: float, scale: float) -> None:
         """Update the masters, and the model from them."""
         for part in self._parts:
+            elementwise.scale(part.inner, part.gradients(), scale)
             part.step(lr, weight_decay)
 
     def discard(self) -> None:

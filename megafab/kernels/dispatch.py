@@ -16,7 +16,17 @@ from torch import Tensor
 from megafab.errors import UserError
 
 # What defines the operators.
-from megafab.kernels import activation, build, dropout, norm, ops, rope, softmax  # noqa: F401
+from megafab.kernels import (  # noqa: F401
+    activation,
+    build,
+    dropout,
+    multi_tensor,
+    norm,
+    ops,
+    rope,
+    rows,
+    softmax,
+)
 from megafab.kernels.config import Kernels
 from megafab.platform import platform
 

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megafab.kernels.rows import gather_rows, put_rows
 from megafab.model.gpt import GPT
 
 
@@ -69,15 +70,15 @@ class _DropsTokens(TransformerLayer):
             return cast(torch.Tensor, super(_DropsTokens, self).forward(kept_RBH, **of_kept)[0])
 
         if not self.config.sequence_parallel:
-            return put_back(hidden_states, layer(select(hidden_states, rows_RB)), rows_RB), context
+            return put_rows(hidden_states, layer(gather_rows(hidden_states, rows_RB)), rows_RB), context
         # The layer's input is split over the tensor ranks: each brings an equal share of the kept tokens.
         group = self.tp_group
         ranks, rank = group.size(), group.rank()
         whole_SBH = gather_from_sequence_parallel_region(hidden_states, group=group)
-        mine_RBH = layer(select(whole_SBH, rows_RB.chunk(ranks)[rank]))
+        mine_RBH = layer(gather_rows(whole_SBH, rows_RB.chunk(ranks)[rank]))
         made_RBH = gather_from_sequence_parallel_region(mine_RBH, group=group)
         # A copy: the schedule frees what a stage has sent, which a view does not allow.
-        return put_back(whole_SBH, made_RBH, rows_RB).chunk(ranks)[rank].clone(), context
+        return put_rows(whole_SBH, made_RBH, rows_RB).chunk(ranks)[rank].clone(), context
 
 
 def _among(mask: torch.Tensor, kept_RB: torch.Tensor) -> torch.Tensor:
@@ -85,62 +86,3 @@ def _among(mask: torch.Tensor, kept_RB: torch.Tensor) -> torch.Tensor:
     kept_BR = kept_RB.t()
     batch_B = torch.arange(kept_BR.shape[0], device=mask.device)[:, None, None]
     return mask[batch_B, 0, kept_BR[:, :, None], kept_BR[:, None, :]].unsqueeze(1)
-
-
-def select(x_SBH: torch.Tensor, rows_RB: torch.Tensor) -> torch.Tensor:
-    """The given rows of [S x B, H], each at most once, as [R, B, H]."""
-    return _Select.apply(x_SBH, rows_RB)  # pyright: ignore
-
-
-def put_back(x_SBH: torch.Tensor, new_RBH: torch.Tensor, rows_RB: torch.Tensor) -> torch.Tensor:
-    """A copy of `x_SBH` with the given rows replaced."""
-    return _PutBack.apply(x_SBH, new_RBH, rows_RB)  # pyright: ignore
-
-
-class _Select(torch.autograd.Function):
-    """Saves the indices only, where torch's `gather` saves its input; backward has nothing to add up."""
-
-    @staticmethod
-    def forward(ctx, x_SBH: torch.Tensor, rows_RB: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows_RB)
-        ctx.shape = x_SBH.shape
-        return _rows(x_SBH, rows_RB)
-
-    @staticmethod
-    def backward(ctx, grad_RBH: torch.Tensor):
-        (rows_RB,) = ctx.saved_tensors
-        return _copy_rows(grad_RBH, rows_RB, grad_RBH.new_zeros(ctx.shape)), None
-
-
-class _PutBack(torch.autograd.Function):
-    """Saves the indices only."""
-
-    @staticmethod
-    def forward(ctx, x_SBH: torch.Tensor, new_RBH: torch.Tensor, rows_RB: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows_RB)
-        return _copy_rows(new_RBH, rows_RB, _copy(x_SBH))
-
-    @staticmethod
-    def backward(ctx, grad_SBH: torch.Tensor):
-        (rows_RB,) = ctx.saved_tensors
-        passed_SBH = _copy(grad_SBH)
-        _as_rows(passed_SBH).index_fill_(0, rows_RB.flatten(), 0)
-        return passed_SBH, _rows(grad_SBH, rows_RB), None
-
-
-def _rows(x_SBH: torch.Tensor, rows_RB: torch.Tensor) -> torch.Tensor:
-    return x_SBH.flatten(0, 1).index_select(0, rows_RB.flatten()).unflatten(0, rows_RB.shape)
-
-
-def _copy(x_SBH: torch.Tensor) -> torch.Tensor:
-    return x_SBH.clone(memory_format=torch.contiguous_format)
-
-
-def _as_rows(x_SBH: torch.Tensor) -> torch.Tensor:
-    """A view to write into."""
-    return x_SBH.view(-1, x_SBH.shape[-1])
-
-
-def _copy_rows(new_RBH: torch.Tensor, rows_RB: torch.Tensor, into_SBH: torch.Tensor) -> torch.Tensor:
-    _as_rows(into_SBH).index_copy_(0, rows_RB.flatten(), new_RBH.flatten(0, 1))
-    return into_SBH

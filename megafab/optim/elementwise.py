@@ -5,11 +5,12 @@ Both engines shard these: Megatron's distributed optimizer and every stage of Ze
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from megafab.optim.adamw import AdamW
 from megafab.optim.config import OptimConfig, OptimName
 from megafab.optim.lion import Lion
 
@@ -20,41 +21,40 @@ MOMENTS: Mapping[OptimName, Mapping[str, str]] = {
 }
 
 
-def make(config: OptimConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The elementwise optimizer of `config` over `param_groups`: Lion, or else AdamW.
-
-    Torch's fused AdamW whatever else is installed: one pass over memory on CPU and GPU, and one layout of
-    state in checkpoints.
-    """
+def make(config: OptimConfig, param_groups: list[dict[str, Any]]) -> AdamW | Lion:
+    """The elementwise optimizer of `config` over `param_groups`: Lion, or else AdamW."""
     betas = (config.beta1, config.beta2)
     if config.name is OptimName.lion:
         return Lion(param_groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     assert config.eps is not None
-    return torch.optim.AdamW(
-        param_groups,
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return AdamW(param_groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def prime(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+def prime(optimizer: AdamW | Lion, parameters: Iterable[torch.Tensor]) -> None:
     """Create the moments of `parameters` now, so that they can be saved and loaded before the first step."""
     for parameter in parameters:
-        state = {"exp_avg": torch.zeros_like(parameter)}
-        if isinstance(optimizer, torch.optim.AdamW):
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = state
+        optimizer.state[parameter] = optimizer.start(parameter)
 
 
-def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+def scale(optimizer: AdamW | Lion, gradients: Sequence[torch.Tensor], by: float) -> None:
+    """Have the next step see gradients times `by`: AdamW multiplies as it reads them, others now.
+
+    Args:
+        optimizer: of all that have these gradients.
+        gradients: whose values are not defined after the step.
+        by: for this step alone; it has to be said before each.
+    """
+    if isinstance(optimizer, AdamW):
+        optimizer.scale = by
+    elif by != 1.0 and gradients:
+        torch._foreach_mul_(list(gradients), by)  # pyright: ignore
+
+
+def set_updates(optimizer: AdamW | Lion, updates: int) -> None:
     """Set the count from which AdamW's bias corrections follow; Lion has none.
 
     Each parameter has its own counter: one shared tensor would be advanced once per parameter.
     """
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, AdamW):
         for state in optimizer.state.values():
             state["step"].fill_(updates)

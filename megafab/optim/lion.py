@@ -36,6 +36,11 @@ class Lion(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
+    @staticmethod
+    def start(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state before the first update."""
+        return {"exp_avg": torch.zeros_like(weight)}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters that have a gradient."""
@@ -44,7 +49,7 @@ class Lion(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             for weight in weights:
                 if not self.state[weight]:
-                    self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+                    self.state[weight].update(self.start(weight))
             moments = [self.state[weight]["exp_avg"] for weight in weights]
             if weights:
                 gradients = [weight.grad for weight in weights]

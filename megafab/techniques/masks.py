@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megafab.checkpoint.pieces import MASK, LogicalTensor
 from megafab.data.order import random_bits, stream_key
+from megafab.kernels.multi_tensor import mask_
 from megafab.model.names import is_maskable, parameter_shapes
 from megafab.model.shape import ModelShape
 from megafab.run import Progress, StepPlan
@@ -75,9 +76,12 @@ class Masks:
 
     def apply(self, weights: WeightEditor) -> None:
         """Zero masters and moments where the mask is False, and commit. A collective."""
+        values, masks = [], []
         for name, part in self.parts(weights).items():
             for value in (weights.master(name), *weights.moments(name).values()):
-                value.mul_(part)
+                values.append(value)
+                masks.append(part)
+        mask_(values, masks)
         weights.commit()
 
     def apply_to(self, gradients: Mapping[str, Tensor]) -> None:
@@ -85,8 +89,7 @@ class Masks:
 
         By a product, so that what is not finite stays so, and the step is discarded.
         """
-        for name, part in self._parts.items():
-            gradients[name].mul_(part)
+        mask_([gradients[name] for name in self._parts], list(self._parts.values()))
 
     def counted(self, weights: WeightEditor, count: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """A count of elements of each matrix, added up over the job: int64 [N], on the host. A collective.

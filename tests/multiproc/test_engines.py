@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
+import torch
 from training import SHORT_RUN, SMALL_MODEL
 
 from megafab.engine.capabilities import MODES, Mode
@@ -159,4 +161,48 @@ def test_a_run_goes_back_to_its_checkpoint(mode: Mode, ranks, arguments):
     """What a roll-back is, in every mode: weights, moments and data as they were, to the bit."""
     overrides = [*arguments, *mode.overrides, *LAYOUT, "checkpoint.resume=auto"]
     for first, again in ranks.run(there_and_back, overrides, world=4, init=False):
+        assert first == again
+
+
+def weights_and_masters(rank: int, world: int, overrides: list[str]) -> dict[str, tuple[Any, ...]]:
+    """After two steps: by name the whole parameter, and this rank's range of its master with its start."""
+    run = build_run(overrides, world)
+
+    def refuse() -> None:
+        raise AssertionError("a pass over the masters of its own")
+
+    for part in run.engine._optimizer._parts:
+        part._copy_main_params_to_model_params = refuse
+    plan = run.schedules.at(Progress())
+    batch = run.loader.take(plan)
+    for _ in range(2):
+        run.engine.forward_backward(batch, plan, run.bus.loss)
+        run.engine.update(plan, Verdict(), run.engine.gradient_stats())
+    return {
+        s.tagged.name: (s.tagged.parameter.detach().flatten(), s.start, s.master.detach())
+        for s in run.engine._optimizer.slices
+    }
+
+
+def test_adamw_writes_the_models_weights_in_its_own_pass(ranks, arguments):
+    """Of dense parameters and experts, whose optimizers are two: the rounded masters of all data ranks."""
+    overrides = [*arguments, "train.precision=bf16", "model.moe.experts=2", "engine.bucket_parameters=10000"]
+    found = ranks.run(weights_and_masters, overrides, world=2, init=False)
+    names = set().union(*found)
+    assert any(".experts." in name for name in names)
+    for name in names:
+        parts = [one[name] for one in found if name in one]
+        (whole, *_), *_ = parts
+        assert whole.dtype is torch.bfloat16
+        rounded = torch.full_like(whole, float("nan"))
+        for copy, start, master in parts:
+            assert torch.equal(copy, whole)
+            rounded[start : start + len(master)] = master.bfloat16()
+        assert torch.equal(rounded, whole), name
+
+
+def test_a_bf16_run_goes_back_to_its_checkpoint(ranks, arguments):
+    """Where the model has the weights rounded, and the masters come from the files."""
+    overrides = [*arguments, "train.precision=bf16", "checkpoint.resume=auto"]
+    for first, again in ranks.run(there_and_back, overrides, world=2, init=False):
         assert first == again

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megafab.config.load import load
 from megafab.config.rules import check_all
 from megafab.engine.layerwise import Job, share_out
 from megafab.optim import elementwise
+from megafab.optim.adamw import AdamW
 from megafab.optim.config import MuonConfig, MuonScale, OptimConfig, OptimName, SOAPConfig
 from megafab.optim.lion import Lion
 from megafab.optim.matrix import Fusion, MatrixOptimizer, is_layer_matrix
@@ -134,6 +136,57 @@ def test_primed_moments_are_those_of_the_checkpoint_and_are_used(name: OptimName
     for kind, moment in before.items():
         assert kind.startswith(name.value.removesuffix("w"))
         assert moment.abs().min() > 0, "the step must have filled the primed tensor itself"
+
+
+def test_adamw_is_torchs_to_the_bit():
+    """With groups that decay or do not, and a weight that gets a gradient every other step only."""
+
+    def steps(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> list[torch.Tensor]:
+        weights = [normal(size, seed=size) for size in (37, 5, 64)]
+        optimizer = make([{"params": weights[:2]}, {"params": weights[2:], "weight_decay": 0.0}])
+        for step in range(4):
+            for weight in weights:
+                weight.grad = normal(*weight.shape, seed=100 + step)
+            if step % 2:
+                weights[0].grad = None
+            optimizer.step()
+        state = [optimizer.state[weight] for weight in weights]
+        assert [int(of["step"]) for of in state] == [2, 4, 4]
+        return [*weights, *(of[name] for of in state for name in ("exp_avg", "exp_avg_sq"))]
+
+    config = ELEMENTWISE[OptimName.adamw]
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    mine = steps(lambda groups: elementwise.make(config, groups))
+    torchs = steps(lambda groups: torch.optim.AdamW(groups, fused=True, **settings))
+    assert all(torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_step_sees_its_gradients_scaled(name: OptimName):
+    def step(factor: float, by: float) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = normal(50)
+        optimizer = elementwise.make(ELEMENTWISE[name], [{"params": [weight]}])
+        weight.grad = factor * normal(50, seed=1)
+        elementwise.scale(optimizer, [weight.grad], by)
+        optimizer.step()
+        return weight, optimizer.state[weight]["exp_avg"]
+
+    whole, quarter, scaled = step(1.0, 1.0), step(0.25, 1.0), step(1.0, 0.25)
+    assert not torch.equal(whole[1], quarter[1])
+    assert all(torch.equal(a, b) for a, b in zip(quarter, scaled, strict=True))
+
+
+def test_adamw_writes_the_copies_of_those_weights_that_have_one():
+    weights = [normal(9), normal(20)]
+    optimizer = elementwise.make(ELEMENTWISE[OptimName.adamw], [{"params": weights}])
+    assert isinstance(optimizer, AdamW)
+    copy = torch.zeros(20, dtype=torch.bfloat16)
+    optimizer.copies[weights[1]] = copy
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(copy, weights[1].bfloat16())
+    assert not torch.equal(weights[0], normal(9))
 
 
 def test_setting_the_updates_sets_adams_bias_correction():

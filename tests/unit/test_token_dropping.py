@@ -205,24 +205,24 @@ def test_layer_tokens_end_the_run_and_place_its_learning_rate():
 # -- the layer -----------------------------------------------------------------------------------------------
 
 
-def test_select_and_put_back_have_the_gradients_they_should():
-    from megafab.model.dropping import put_back, select
+def test_rows_taken_and_put_back_have_the_gradients_they_should():
+    from megafab.kernels.rows import gather_rows, put_rows
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     new = torch.randn(4, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([[0, 1], [4, 5], [6, 9], [10, 11]])
-    assert torch.equal(select(x, rows)[2], torch.stack((x[3, 0], x[4, 1])))
-    replaced = put_back(x, new, rows)
-    assert torch.equal(select(replaced, rows), new)
+    assert torch.equal(gather_rows(x, rows)[2], torch.stack((x[3, 0], x[4, 1])))
+    replaced = put_rows(x, new, rows)
+    assert torch.equal(gather_rows(replaced, rows), new)
     assert torch.equal(replaced[1], x[1])
-    assert torch.equal(put_back(x, select(x, rows), rows), x)
-    assert torch.autograd.gradcheck(lambda x: select(x, rows), x)
-    assert torch.autograd.gradcheck(lambda x, new: put_back(x, new, rows), (x, new))
+    assert torch.equal(put_rows(x, gather_rows(x, rows), rows), x)
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, rows), x)
+    assert torch.autograd.gradcheck(lambda x, new: put_rows(x, new, rows), (x, new))
     # Hidden states may come as a view with another order of axes.
     turned = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    assert torch.equal(put_back(turned, new, rows), replaced)
-    assert torch.autograd.gradcheck(lambda x, new: put_back(x, new, rows), (turned, new))
+    assert torch.equal(put_rows(turned, new, rows), replaced)
+    assert torch.autograd.gradcheck(lambda x, new: put_rows(x, new, rows), (turned, new))
 
 
 def start():

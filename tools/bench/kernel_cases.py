@@ -6,7 +6,7 @@ Both the tests and `kernels.py` beside this file compare what a case gives with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 import megafab.kernels.dropout  # noqa: F401
 from megafab.kernels import ops
 from megafab.kernels.activation import GATED, activate
+from megafab.kernels.multi_tensor import adamw_, mask_, sum_of_squares
 from megafab.kernels.norm import add_norm, norm
 from megafab.kernels.rope import rope_table, rotate, rotate_both_
+from megafab.kernels.rows import gather_rows, put_rows
 from megafab.kernels.softmax import masked_softmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,8 +63,13 @@ class Make:
 
     def normal(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """Random values; `dtype` for what is not of the case's type."""
-        value = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        value = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return value.to(self.device, dtype or self.dtype).requires_grad_(grad)
+
+    def permuted(self, high: int, *shape: int) -> Tensor:
+        """Different integers from 0 to high - 1."""
+        count = torch.Size(shape).numel()
+        return torch.randperm(high, generator=self.generator)[:count].view(shape).to(self.device)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Random integers from 0 to high - 1."""
@@ -237,4 +244,122 @@ def _softmaxes() -> Iterator[Case]:
         yield Case(name, ("masked_softmax",), call, make, small=sizes[-1] == 3, slack=8)
 
 
-CASES: tuple[Case, ...] = (*_norms(), *_activations(), *_dropouts(), *_ropes(), *_softmaxes())
+# Lengths of the tensors of a list: odd ones, none, and more than a block takes at a time.
+LISTS = {
+    "none": (0, 0),
+    "few": (3, 5),
+    "many": (1, 130, 0, 7, 64, 33, 256, 0),
+    "long": (20_003, 12, 16_384, 5),
+}
+
+
+def _cut(flat: Tensor, sizes: Sequence[int], apart: bool) -> list[Tensor]:
+    """Tensors of these sizes: views at odd offsets, or each at an address that 16 bytes divide."""
+    parts = flat.detach()[1:].split(sizes)
+    return [part.clone() for part in parts] if apart else list(parts)
+
+
+def _adamw_case(name: str, sizes: Sequence[int], apart: bool, copies: bool, scaled: bool) -> Case:
+    size = sum(sizes) + 1
+
+    def make(make: Make) -> list[Tensor | None]:
+        fp32 = {"grad": False, "dtype": torch.float32}
+        second = make.normal(size, **fp32).square()
+        scale = make.normal(**fp32).abs() if scaled else None
+        given = [make.normal(size, **fp32), make.normal(size, grad=False), make.normal(size, **fp32), second]
+        return [*given, make.normal(size, grad=False) if copies else None, scale]
+
+    def call(*inputs: Tensor | None) -> list[Tensor]:
+        *given, scale = inputs
+        lists = [[] if x is None else _cut(x, sizes, apart) for x in given]
+        adamw_(*lists, scale=scale, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, step=3)
+        return [torch.cat(lists[i]) for i in (0, 2, 3, 4) if lists[i]]  # all but the gradients
+
+    return Case(name, ("adamw_",), call, make, small=size < 10)
+
+
+def _multi_tensor() -> Iterator[Case]:
+    for name, sizes in LISTS.items():
+        for apart in (True, False):
+            where = f"{name}-{'apart' if apart else 'views'}"
+            # Views of one tensor are no list that torch's own checks take.
+            small = {"small": name == "few" and apart}
+            size = sum(sizes) + 1
+            for copies, scaled in ((True, True), (False, False)):
+                more = ("-copies" if copies else "") + ("-scaled" if scaled else "")
+                case = _adamw_case(f"adamw-{where}{more}", sizes, apart, copies, scaled)
+                yield replace(case, **small)
+
+            def squares(x: Tensor, sizes: Sequence[int] = sizes, apart: bool = apart) -> Tensor:
+                return sum_of_squares(_cut(x, sizes, apart))
+
+            def masked(
+                x: Tensor, mask: Tensor, sizes: Sequence[int] = sizes, apart: bool = apart
+            ) -> list[Tensor]:
+                values = _cut(x, sizes, apart)
+                mask_(values, _cut(mask, sizes, apart))
+                return [torch.cat(values).nan_to_num(nan=7.0, posinf=8.0, neginf=9.0)]
+
+            def values(make: Make, size: int = size) -> list[Tensor | None]:
+                values = make.normal(size, grad=False, dtype=torch.float32)
+                for place, odd in enumerate((float("nan"), float("inf"), -float("inf"))):
+                    values[place + 1 :: 5] = odd
+                return [values, make.integers(2, size, dtype=torch.bool)]
+
+            yield Case(
+                f"sum_of_squares-{where}",
+                ("sum_of_squares",),
+                squares,
+                lambda m, size=size: [m.normal(size, grad=False)],
+                **small,
+            )
+            yield Case(f"mask-{where}", ("mask_",), masked, values, **small)
+    for odd in (float("nan"), float("inf"), -float("inf")):
+
+        def not_finite(make: Make, odd: float = odd) -> list[Tensor | None]:
+            x = make.normal(77, grad=False)
+            x[50] = odd
+            return [x]
+
+        yield Case(
+            f"sum_of_squares-{odd}",
+            ("sum_of_squares",),
+            lambda x: sum_of_squares([x[:40], x[40:]]).isfinite(),
+            not_finite,
+        )
+
+
+def _rows() -> Iterator[Case]:
+    # Hidden sizes: in 16 bytes, in 4 or 2, and more than a block has threads for; some, all or no rows.
+    for shape, kept in (
+        ((5, 2, 4), (3, 2)),
+        ((6, 3, 256), (4, 3)),
+        ((7, 2, 33), (7, 2)),
+        ((40, 6), (0,)),
+        ((9, 4104), (4,)),
+    ):
+
+        def make(
+            make: Make, new: bool, shape: tuple[int, ...] = shape, kept: tuple[int, ...] = kept
+        ) -> list[Tensor | None]:
+            rows = make.permuted(torch.Size(shape[:-1]).numel(), *kept)
+            made = [make.normal(*kept, shape[-1])] if new else []
+            return [make.normal(*shape), *made, rows]
+
+        size = "x".join(map(str, shape))
+        small = {"small": shape[-1] == 4}
+        yield Case(
+            f"gather_rows-{size}", ("gather_rows",), gather_rows, lambda m, make=make: make(m, False), **small
+        )
+        yield Case(f"put_rows-{size}", ("put_rows",), put_rows, lambda m, make=make: make(m, True), **small)
+
+
+CASES: tuple[Case, ...] = (
+    *_norms(),
+    *_activations(),
+    *_dropouts(),
+    *_ropes(),
+    *_softmaxes(),
+    *_multi_tensor(),
+    *_rows(),
+)

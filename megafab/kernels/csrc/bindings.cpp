@@ -4,9 +4,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -251,8 +255,156 @@ Tensor masked_softmax_backward(const Tensor& grad, const Tensor& probabilities, 
   megafab::masked_softmax(
       {type_of(p), p.size(0), p.size(1), p.size(2), columns_of(p), dense(p, p, "probabilities"), nullptr, {}, false,
        static_cast<float>(scale), dense(grad, p, "grad"), out.mutable_data_ptr()},
+// ---- multi_tensor ------------------------------------------------------------------------------------------
+
+struct Listed {
+  Tensor memory;  // of the table
+  megafab::Table table;
+};
+
+// A table of lists on their device; the first list has tensors, others as many or none.
+Listed listed(std::initializer_list<at::TensorList> lists) {
+  constexpr int64_t kWords = sizeof(megafab::Row) / sizeof(int64_t);
+  const at::TensorList first = *lists.begin();
+  const auto device = first[0].device();
+  std::vector<megafab::Row> rows;
+  int64_t chunks = 0;
+  for (const at::TensorList& list : lists) {
+    TORCH_CHECK(list.empty() || list.size() == first.size(), "lists of ", first.size(), " and ", list.size());
+  }
+  for (size_t i = 0; i < first.size(); ++i) {
+    megafab::Row row{chunks, first[i].numel(), {}};
+    void** data = row.lists;
+    for (const at::TensorList& list : lists) {
+      void*& place = *data++;
+      if (list.empty()) continue;
+      const Tensor& x = list[i];
+      TORCH_CHECK(x.is_contiguous(), "tensor ", i, " is not contiguous: sizes ", x.sizes(), ", strides ", x.strides());
+      TORCH_CHECK(x.device() == device, "tensor ", i, " is on ", x.device(), ", not on ", device);
+      TORCH_CHECK(x.scalar_type() == list[0].scalar_type(), "a list of ", list[0].scalar_type(), " and ", x.scalar_type());
+      TORCH_CHECK(x.numel() == row.size, "tensors ", i, " have ", row.size, " and ", x.numel(), " values");
+      place = x.mutable_data_ptr();
+    }
+    if (row.size == 0) continue;
+    chunks += (row.size + megafab::kChunk - 1) / megafab::kChunk;
+    rows.push_back(row);
+  }
+  // From pinned memory, which torch does not use again before the copy is over, so that nothing waits.
+  const auto count = static_cast<int64_t>(rows.size());
+  const auto options = at::TensorOptions().dtype(at::kLong);
+  Tensor host = at::empty({count, kWords}, options.pinned_memory(device.is_cuda()));
+  if (count) std::memcpy(host.mutable_data_ptr(), rows.data(), rows.size() * sizeof(megafab::Row));
+  Tensor memory = host.to(options.device(device), /*non_blocking=*/true);
+  const auto* on_device = static_cast<const megafab::Row*>(memory.const_data_ptr());
+  return {memory, {on_device, static_cast<int>(count), chunks}};
+}
+
+void expect_fp32(at::TensorList list, const char* name) {
+  TORCH_CHECK(list[0].scalar_type() == at::kFloat, name, " are ", list[0].scalar_type(), ", not float32");
+}
+
+void adamw_(
+    at::TensorList weights, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList copies,
+    const Optional& scale, double lr, double beta1, double beta2, double eps, double decay, int64_t step) {
+  const c10::DeviceGuard guard(weights[0].device());
+  TORCH_CHECK(!grads.empty() && !m.empty() && !v.empty(), "weights without gradients or moments");
+  expect_fp32(weights, "weights");
+  expect_fp32(m, "moments");
+  expect_fp32(v, "moments");
+  const Listed lists = listed({weights, grads, m, v, copies});
+  const float* factor = nullptr;
+  if (scale) {
+    TORCH_CHECK(scale->numel() == 1 && scale->scalar_type() == at::kFloat, "the scale is one value in float32");
+    TORCH_CHECK(scale->device() == weights[0].device(), "the scale is on ", scale->device());
+    factor = scale->const_data_ptr<float>();
+  }
+  const double t = static_cast<double>(step);
+  megafab::adamw(
+      {type_of(grads[0]), copies.empty() ? megafab::Type::bf16 : type_of(copies[0]), lists.table, factor,
+       static_cast<float>(lr / (1 - std::pow(beta1, t))), static_cast<float>(1 - lr * decay),
+       static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
+       static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))), static_cast<float>(eps)},
+      stream());
+}
+
+Tensor sum_of_squares(at::TensorList tensors) {
+  const c10::DeviceGuard guard(tensors[0].device());
+  const Listed list = listed({tensors});
+  Tensor partial = fp32(tensors[0], {megafab::square_partials(list.table.chunks)}), out = fp32(tensors[0], {});
+  megafab::sum_of_squares(
+      {type_of(tensors[0]), list.table, partial.mutable_data_ptr<float>(), out.mutable_data_ptr<float>()}, stream());
+  return out;
+}
+
+void mask_(at::TensorList values, at::TensorList masks) {
+  const c10::DeviceGuard guard(values[0].device());
+  expect_fp32(values, "values");
+  TORCH_CHECK(!masks.empty() && masks[0].scalar_type() == at::kBool, "masks are not bool");
+  megafab::mask(listed({values, masks}).table, stream());
+}
+
+// ---- rows --------------------------------------------------------------------------------------------------
+
+// The index of `count` rows, on the device of what it is into.
+const int64_t* index_of(const Tensor& rows, const Tensor& x) {
+  TORCH_CHECK(rows.scalar_type() == at::kLong && rows.is_contiguous(), "rows are int64 and contiguous");
+  TORCH_CHECK(rows.device() == x.device(), "rows are on ", rows.device(), ", not on ", x.device());
+  return rows.const_data_ptr<int64_t>();
+}
+
+int64_t bytes_of(const Tensor& x) {
+  type_of(x);
+  return static_cast<int64_t>(columns_of(x)) * x.element_size();
+}
+
+Tensor inverse_of(const Tensor& x, int64_t rows) {
+  TORCH_CHECK(rows < (int64_t{1} << 31), rows, " rows");
+  return at::full({rows}, -1, x.options().dtype(at::kInt));
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& rows) {
+  const c10::DeviceGuard guard(x.device());
+  std::vector<int64_t> sizes = rows.sizes().vec();
+  sizes.push_back(columns_of(x));
+  Tensor out = at::empty(sizes, x.options());
+  megafab::gather_rows(
+      {rows.numel(), bytes_of(x), dense(x, x, "x"), index_of(rows, x), out.mutable_data_ptr()}, stream());
+  return out;
+}
+
+Tensor gather_rows_backward(const Tensor& grad, const Tensor& rows, at::IntArrayRef sizes) {
+  const c10::DeviceGuard guard(grad.device());
+  Tensor grad_x = at::empty(sizes, grad.options());
+  Tensor inverse = inverse_of(grad, rows_of(grad_x));
+  megafab::put_rows(
+      {rows_of(grad_x), rows.numel(), bytes_of(grad), nullptr, dense(grad, grad, "grad"), index_of(rows, grad),
+       inverse.mutable_data_ptr<int>(), grad_x.mutable_data_ptr(), nullptr},
+      stream());
+  return grad_x;
+}
+
+Tensor put_rows(const Tensor& x, const Tensor& fresh, const Tensor& rows) {
+  const c10::DeviceGuard guard(x.device());
+  TORCH_CHECK(rows_of(fresh) == rows.numel() && columns_of(fresh) == columns_of(x), "a row of x's for each of rows");
+  Tensor out = at::empty_like(x), inverse = inverse_of(x, rows_of(x));
+  megafab::put_rows(
+      {rows_of(x), rows.numel(), bytes_of(x), dense(x, x, "x"), dense(fresh, x, "new"), index_of(rows, x),
+       inverse.mutable_data_ptr<int>(), out.mutable_data_ptr(), nullptr},
       stream());
   return out;
+}
+
+std::tuple<Tensor, Tensor> put_rows_backward(const Tensor& grad, const Tensor& rows) {
+  const c10::DeviceGuard guard(grad.device());
+  std::vector<int64_t> sizes = rows.sizes().vec();
+  sizes.push_back(columns_of(grad));
+  Tensor grad_x = at::empty_like(grad), grad_new = at::empty(sizes, grad.options());
+  Tensor inverse = inverse_of(grad, rows_of(grad));
+  megafab::put_rows(
+      {rows_of(grad), rows.numel(), bytes_of(grad), dense(grad, grad, "grad"), nullptr, index_of(rows, grad),
+       inverse.mutable_data_ptr<int>(), grad_x.mutable_data_ptr(), grad_new.mutable_data_ptr()},
+      stream());
+  return {grad_x, grad_new};
 }
 
 }  // namespace
@@ -269,4 +421,11 @@ TORCH_LIBRARY_IMPL(MEGAFAB_LIBRARY, MEGAFAB_DEVICE, m) {
   m.impl("rope_", &rope_);
   m.impl("masked_softmax", &masked_softmax);
   m.impl("masked_softmax_backward", &masked_softmax_backward);
+  m.impl("adamw_", &adamw_);
+  m.impl("sum_of_squares", &sum_of_squares);
+  m.impl("mask_", &mask_);
+  m.impl("gather_rows", &gather_rows);
+  m.impl("gather_rows_backward", &gather_rows_backward);
+  m.impl("put_rows", &put_rows);
+  m.impl("put_rows_backward", &put_rows_backward);
 }

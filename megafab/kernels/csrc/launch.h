@@ -127,4 +127,80 @@ struct Softmax {
 };
 void masked_softmax(const Softmax& call, Stream stream);
 
+// ---- multi_tensor.cu: see multi_tensor.py ------------------------------------------------------------------
+
+constexpr int kLists = 5;
+constexpr int64_t kChunk = 1 << 14;  // values of a tensor that a block takes at a time
+
+// One tensor of each list, all of `size` values; null where a list is not given.
+struct Row {
+  int64_t first;  // of its chunks, among those of all rows
+  int64_t size;
+  void* lists[kLists];
+};
+
+// Rows that are not empty, on the device.
+struct Table {
+  const Row* rows;
+  int count;
+  int64_t chunks;
+};
+
+// Lists: fp32 weights, gradients, fp32 m, fp32 v, copies. With t the number of the step,
+// rate = lr / (1 - beta1^t), kept = 1 - lr decay, fresh = 1 - beta, correction = 1 / sqrt(1 - beta2^t).
+struct AdamW {
+  Type gradients;
+  Type copies;
+  Table table;
+  const float* scale;  // null: 1
+  float rate;
+  float kept;
+  float fresh1;
+  float beta2;
+  float fresh2;
+  float correction;
+  float eps;
+};
+void adamw(const AdamW& call, Stream stream);
+
+// `partial` is fp32 [`square_partials`].
+struct SumOfSquares {
+  Type type;
+  Table table;
+  float* partial;
+  float* out;
+};
+int square_partials(int64_t chunks);
+void sum_of_squares(const SumOfSquares& call, Stream stream);
+
+// Lists: fp32 values, bool masks.
+void mask(const Table& table, Stream stream);
+
+// ---- rows.cu: see rows.py ----------------------------------------------------------------------------------
+
+// out[r] = x[index[r]] for `count` rows of `bytes` bytes, an even number.
+struct GatherRows {
+  int64_t count;
+  int64_t bytes;
+  const void* x;
+  const int64_t* index;
+  void* out;
+};
+void gather_rows(const GatherRows& call, Stream stream);
+
+// out[s] = fresh[r] where index[r] = s, else x[s], for `rows` rows; taken[r] = x[index[r]]. Null: `x` and
+// `fresh` for zeros, `taken` for nowhere. `inverse` is int32 [rows], all -1, and gets r at s.
+struct PutRows {
+  int64_t rows;
+  int64_t count;
+  int64_t bytes;
+  const void* x;
+  const void* fresh;
+  const int64_t* index;
+  int* inverse;
+  void* out;
+  void* taken;
+};
+void put_rows(const PutRows& call, Stream stream);
+
 }  // namespace megafab
