@@ -80,12 +80,22 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@cache
 def load() -> None:
-    """Registers `torch.ops.megafab_emulated`."""
+    """Registers `torch.ops.megafab_emulated`; what keeps it from that is told once to every caller."""
+    error = _load()
+    if error is not None:
+        raise error
+
+
+@cache
+def _load() -> AssertionError | None:
     tools = build.toolchain()
     assert tools is not None
-    library = compile_library(tools.home)
+    try:
+        library = compile_library(tools.home)
+    except AssertionError as error:
+        return error
     for op in ops.OPS.values():
         ops.register(op, NAMESPACE, None)
     torch.ops.load_library(str(library))
+    return None

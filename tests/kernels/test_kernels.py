@@ -133,11 +133,27 @@ def test_every_source_compiles_for_every_target_without_spills(tmp_path: Path):
     assert [usage for usage in usages if usage.spills or usage.stack] == []
 
 
+@needs_nvcc
+def test_what_torch_sees_of_them_compiles(tmp_path: Path):
+    """`bindings.cpp` as it is on a GPU; a torch for CPUs lacks one header, of macros."""
+    tools = build.toolchain()
+    assert tools is not None
+    if torch.version.cuda is None:
+        macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+        macros.parent.mkdir(parents=True)
+        macros.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    root = Path(torch.__file__).parent / "include"
+    places = (tmp_path, root, root / "torch" / "csrc" / "api" / "include", tools.home / "include")
+    command = ["g++", "-std=c++20", "-fsyntax-only", *(f"-isystem{place}" for place in places)]
+    done = subprocess.run([*command, build.CSRC / "bindings.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_nothing_is_built_at_import():
     """Importing all of the kernels starts no compiler."""
     code = (
         "import subprocess, sys\n"
         "subprocess.Popen = subprocess.run = None\n"
-        "import megafab.kernels.norm, megafab.kernels.build\n"
+        "import megafab.kernels.dispatch\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

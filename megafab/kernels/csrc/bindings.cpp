@@ -255,6 +255,10 @@ Tensor masked_softmax_backward(const Tensor& grad, const Tensor& probabilities, 
   megafab::masked_softmax(
       {type_of(p), p.size(0), p.size(1), p.size(2), columns_of(p), dense(p, p, "probabilities"), nullptr, {}, false,
        static_cast<float>(scale), dense(grad, p, "grad"), out.mutable_data_ptr()},
+      stream());
+  return out;
+}
+
 // ---- multi_tensor ------------------------------------------------------------------------------------------
 
 struct Listed {
