@@ -67,8 +67,8 @@ def nll_and_gradient_(logits: Tensor, labels: Tensor, expected: Tensor) -> Tenso
     Args:
         logits: [N, V].
         labels: [N].
-        expected: a scalar, the gradient that each loss is going to be given; `scale_rows_` mends the rows that
-            are given another. Not 0.
+        expected: a scalar, the gradient that each loss is going to be given, not 0; `scale_rows_` mends the
+            rows that are given another.
     """
     return chosen("nll_and_gradient_")(logits, labels, expected)
 
@@ -115,16 +115,21 @@ def _gradient_(
     for grad in (nll, log_z):
         slope = slope if grad is None else slope + grad
     slope = slope / total
-    scratch = _scratch(logits)
+    in_place = logits.dtype is peak.dtype
+    scratch = None if in_place else _scratch(logits)
     for rows in _blocks(logits):
-        values = torch.sub(logits[rows], peak[rows, None], out=scratch[: len(logits[rows])])
+        values = logits[rows]
+        values = torch.sub(
+            values, peak[rows, None], out=values if scratch is None else scratch[: len(values)]
+        )
         values.exp_().mul_(slope[rows, None])
         if mean is not None:
             values.add_(mean[rows, None] / vocabulary)
         if nll is not None:
             own, here = _place(labels[rows], first, values)
             values.scatter_add_(1, own, torch.where(here, -nll[rows, None], 0.0))
-        logits[rows] = values
+        if not in_place:
+            logits[rows] = values
     _zero_(logits, idle)
 
 

@@ -41,6 +41,7 @@ from megafab.techniques.config import (
     EMAConfig,
     FreezingConfig,
     GradualPruningConfig,
+    LabelSmoothingConfig,
     OnlineMixingConfig,
     PacingConfig,
     PacingShape,
@@ -64,6 +65,7 @@ pytestmark = pytest.mark.multiproc
 
 SETTINGS: dict[str, Any] = {
     "z_loss": ZLossConfig(weight=0.05),
+    "label_smoothing": LabelSmoothingConfig(epsilon=0.2),
     "ema": EMAConfig(decay=0.5),
     "online_mixing": OnlineMixingConfig(warmup_steps=1),
     "dynamic_loading": DynamicLoadingConfig(reference={"books": 3.0, "code": 4.0}),
