@@ -246,6 +246,7 @@ def test_flops_by_hand():
     assert shape.flops_per_token() == 3 * (2 * layer + head)
     assert shape.flops_per_token(recompute="selective") == 3 * (2 * layer + head) + 2 * attention
     assert shape.flops_per_token(recompute="full") == 3 * (2 * layer + head) + 2 * layer
+    assert shape.flops_per_token(head_again=True) == 3 * (2 * layer + head) + head
     assert shape.flops_per_token(16) == 3 * (2 * (layer + attention) + head)
 
 
