@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -32,6 +33,45 @@ def test_chunks_train_as_whole_logits_do(layout: tuple[str, ...], trained) -> No
     for a, b in zip(plain, chunked, strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-6), (a["step"], a["loss"], b["loss"])
     assert math.isclose(plain[-1]["valid_loss"], chunked[-1]["valid_loss"], rel_tol=1e-6)
+
+
+def used(rank: int, world: int, verb: str, *arguments: str) -> int:
+    """`megafab VERB` on this rank."""
+    from launch import cli
+
+    return cli.main([verb, *arguments])
+
+
+def test_a_run_by_chunks_can_be_used(ranks, trained, tmp_path: Path) -> None:
+    """Its checkpoint's losses on held-out text and by token are those of the plain run; it writes text."""
+    found, scores = [], []
+    for number, more in enumerate(((), (CHUNK,))):
+        run = trained(1, *SMALL_MODEL, *SHORT_RUN, "train.steps=2", *more)
+        out = tmp_path / f"{number}.json"
+        arguments = (f"checkpoint={run}", f"out={out}", "samples=4")
+        assert ranks.run(used, "perplexity", *arguments, init=False) == [0]
+        found.append({n: d["loss"]["off"] for n, d in json.loads(out.read_text())["domains"].items()})
+        arguments = (f"checkpoint={run}", "prompt=def", "tokens=3", f"out={tmp_path / 'text'}")
+        assert ranks.run(used, "generate", *arguments, init=False) == [0]
+        ((predictions, nll),) = ranks.run(scored, run, tmp_path / f"scores-{number}", init=False)
+        assert predictions > 100
+        scores.append(nll)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+
+
+def scored(rank: int, world: int, run_dir: Path, out: Path) -> tuple[int, float]:
+    """Predictions and their summed loss in the first windows of a run's corpus."""
+    from launch.chosen import chosen
+    from megafab.data.scores import ScoresWriter
+    from megafab.platform import platform
+
+    platform.start(0, 1)
+    from megafab.scorer import Scorer
+
+    checkpoint, run, corpus = chosen(str(run_dir), None)
+    ScoresWriter(out, corpus).create()
+    return Scorer(run, checkpoint, corpus, out, seq_len=64, micro_batch=2).run(0, 0, 4)
 
 
 def gradients_found(rank: int, world: int, arguments: list[str]) -> list[tuple[float, list[float]]]:

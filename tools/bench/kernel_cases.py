@@ -203,5 +203,13 @@ def _cross_entropies() -> Iterator[Case]:
             **size,
         )
 
+    # Exponentials far out of fp32's range.
+    yield Case(
+        "nll_and_gradient-huge",
+        ("nll_and_gradient_",),
+        lambda x, labels: (nll_and_gradient_(x, labels, torch.ones(1, device=x.device)), x),
+        lambda m: (m.normal(3, 130, grad=False).mul_(3000), m.integers(130, 3)),
+    )
+
 
 CASES: tuple[Case, ...] = (*_norms(), *_cross_entropies())

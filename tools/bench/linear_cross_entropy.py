@@ -1,4 +1,4 @@
-"""What `train.head_chunk` saves: the last product, its loss and their gradients, by whole logits and by chunks.
+"""What `train.head_chunk` saves: the last product, its loss and gradients, by whole logits and by chunks.
 
     python tools/bench/linear_cross_entropy.py [--tokens 4096] [--hidden 128] [--vocab 131072] [--chunk 64]
         [--threads 1] [--rounds 3] [--out FILE]
