@@ -207,8 +207,12 @@ def _cross_entropies() -> Iterator[Case]:
     yield Case(
         "nll_and_gradient-huge",
         ("nll_and_gradient_",),
-        lambda x, labels: (nll_and_gradient_(x, labels, torch.ones(1, device=x.device)), x),
-        lambda m: (m.normal(3, 130, grad=False).mul_(3000), m.integers(130, 3)),
+        lambda x, labels, expected: (nll_and_gradient_(x, labels, expected), x),
+        lambda m: (
+            m.normal(3, 130, grad=False).mul_(3000),
+            m.integers(130, 3),
+            m.normal(1, grad=False, dtype=torch.float32),
+        ),
     )
 
 
