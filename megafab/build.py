@@ -250,6 +250,8 @@ def _engine(
             device=platform.device,
             sum_ranks=groups.sum_over_job,
         ),
+        head_chunk=config.train.head_chunk,
+        plain_loss=bus.plain_loss,
     )
 
 
@@ -288,6 +290,9 @@ def _header(
     """What the reader of the terminal and the log wants to know first."""
     tokens, names = plan.corpus.tokens("train"), plan.corpus.domains
     domains = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(names, weights, strict=True))
+    again = shape.flops_per_token(
+        recompute=config.train.recompute.value, head_again=config.train.head_chunk is not None
+    )
     more = {} if plan.retrieval is None else {"retrieval": plan.retrieval.describe(shape.retro_layers)}
     return {
         "model": f"{config.model.name}: {shape.parameters:,} parameters, {config.model.layers} layers, "
@@ -296,8 +301,7 @@ def _header(
         "engine": f"{_mode(config)}, {config.optim.name.value}, {config.train.precision.value}",
         "rank 0": f"{memory.parameters / 1e6:,.1f} MB of parameters, {memory.optimizer / 1e6:,.1f} MB of "
         "optimizer state",
-        "FLOPs": f"{shape.flops_per_token():.3g} a token, "
-        f"{shape.flops_per_token(recompute=config.train.recompute.value):.3g} with recomputation",
+        "FLOPs": f"{shape.flops_per_token():.3g} a token, {again:.3g} with recomputation",
         "kernels": kernels,
         "schedule": schedule,
         "data": f"{config.data.path}: {sum(tokens):,} training tokens; {domains}",

@@ -27,7 +27,7 @@ from megafab.data.format import Corpus
 from megafab.data.loader import validation_batches
 from megafab.data.retrieved import Retrieval, Shown
 from megafab.generate import load_model
-from megafab.loss.cross_entropy import vocab_parallel_nll
+from megafab.loss.head import LossHead
 from megafab.model.inputs import ModelInputs
 from megafab.run import Batch
 from megafab.topology import groups as topology
@@ -103,6 +103,7 @@ def measure(
     if right is not None:
         sources = {mode: replace(right, shown=shown) for mode, shown in zip(MODES, Shown, strict=True)}
     groups = topology.initialize(Mesh(1), seed=config.train.seed)
+    head = LossHead(groups.tensor, config.train.head_chunk)
     model = load_model(config, checkpoint, corpus.vocab_size, groups=groups)
 
     def batches(source: Retrieval | None) -> Mapping[str, tuple[Batch, ...]]:
@@ -120,7 +121,9 @@ def measure(
     @torch.no_grad()
     def losses(batch: Batch) -> torch.Tensor:
         inputs = ModelInputs.of(batch, groups, config.parallel.context_method)
-        return vocab_parallel_nll(inputs.run(model), inputs.labels_BL.t(), groups.tensor).t().cpu()
+        labels_LB = inputs.labels_BL.t()
+        output = inputs.run(model, head.layer(labels_LB))
+        return head.losses(output, labels_LB).nll.t().cpu()
 
     found: dict[str, Domain] = {name: Domain() for name in corpus.domains}
     read = {mode: batches(source) for mode, source in sources.items()}

@@ -1,6 +1,6 @@
 """A reference model in one process, and the losses it gives (`score.py`).
 
-Shape suffixes: B windows, L their length, V vocabulary.
+Shape suffixes: B windows, L their length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megafab.data.format import Corpus
 from megafab.data.loader import WindowReader
 from megafab.data.scores import ScoresWriter
 from megafab.generate import load_model
-from megafab.loss.cross_entropy import vocab_parallel_nll
+from megafab.loss.head import LossHead
 from megafab.model.inputs import ModelInputs
 from megafab.topology import groups as topology
 from megafab.topology.mesh import Mesh
@@ -40,6 +40,7 @@ class Scorer:
         self._method = run.parallel.context_method
         self._seq_len, self._micro_batch = seq_len, micro_batch
         self._groups = topology.initialize(Mesh(1), seed=run.train.seed)
+        self._head = LossHead(self._groups.tensor, run.train.head_chunk)
         self._model = load_model(run, checkpoint, corpus.vocab_size, groups=self._groups)
         self._reader = WindowReader(
             corpus, "train", seq_len, run.data.packing, retrieval=retrieval.of(run, corpus)
@@ -67,6 +68,6 @@ class Scorer:
         """The nll of every token [B, L], and where it is a prediction that is asked for."""
         rows = self._reader.read(np.full(len(window_B), domain), window_B, window_B)
         inputs = ModelInputs.of(rows, self._groups, self._method)
-        logits_LBV = inputs.run(self._model)
-        nll_LB = vocab_parallel_nll(logits_LBV, inputs.labels_BL.t(), self._groups.tensor)
-        return nll_LB.t(), inputs.loss_mask_BL != 0
+        labels_LB = inputs.labels_BL.t()
+        output = inputs.run(self._model, self._head.layer(labels_LB))
+        return self._head.losses(output, labels_LB).nll.t(), inputs.loss_mask_BL != 0

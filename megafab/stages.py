@@ -31,7 +31,10 @@ from megafab.telemetry.rows import CONFIG_FILE, STAGES_FILE, replace_text
 
 FINISHED, ORIGIN = "finished.json", "start.json"
 # A finished stage may have other values here: they change nothing of what it has computed.
-_HARMLESS = ("train.log_every", "train.micro_batch", "train.recompute", "train.max_skipped", "data.path")
+_HARMLESS = (
+    *("train.log_every", "train.micro_batch", "train.recompute", "train.head_chunk", "train.max_skipped"),
+    "data.path",
+)
 _HARMLESS_SECTIONS = ("eval", "engine", "resilience")
 
 # Makes the checkpoint in the second directory of that in the first, as the stage's operation says.

@@ -105,7 +105,7 @@ _AT_LEAST_ONE = (
     *("model.retro.neighbors", "model.retro.retrieved", "model.retro.encoder_layers"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
-    *("train.micro_batch", "train.log_every", "train.max_skipped", "checkpoint.keep"),
+    *("train.micro_batch", "train.head_chunk", "train.log_every", "train.max_skipped", "checkpoint.keep"),
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
     *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
     "techniques.gradual_pruning.every",
@@ -526,6 +526,21 @@ def features_of(config: RunConfig) -> frozenset[Feature]:
         Feature.bf16: train.precision is Precision.bf16,
     }
     return frozenset(feature for feature, is_on in on.items() if is_on)
+
+
+@rule("head-chunk")
+def _head_chunk(facts: Facts) -> Iterator[Violation]:
+    """A chunk of all tokens would compute their logits twice and save nothing."""
+    config = facts.config
+    tokens = config.train.micro_batch * config.model.seq_len // config.parallel.context
+    chunk = config.train.head_chunk
+    if chunk is not None and chunk >= tokens:
+        yield Violation(
+            f"train.head_chunk={chunk}",
+            f"{chunk} tokens",
+            f"fewer than the {tokens} of a micro-batch on a rank",
+            f"train.head_chunk={max(1, tokens // 4)}, or null",
+        )
 
 
 @rule("engine-keys", relates=False)

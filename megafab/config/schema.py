@@ -49,6 +49,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Precision = Precision.fp32
     recompute: Recompute = Recompute.none
+    head_chunk: int | None = None  # tokens whose logits exist at a time on a rank; null: a micro-batch's
     log_every: int = 1  # steps between logged steps
     max_skipped: int = 20  # consecutive non-finite steps before the run stops
 

@@ -51,6 +51,7 @@ def _inside(key: str) -> Range:
 
 _RANGES = (
     not_negative("techniques.z_loss.weight"),
+    below_one("techniques.label_smoothing.epsilon"),
     below_one("techniques.ema.decay"),
     below_one("techniques.online_mixing.smoothing"),
     not_negative("techniques.online_mixing.warmup_steps"),

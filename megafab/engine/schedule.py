@@ -5,7 +5,7 @@ The loss of a micro-batch is handed to the schedule as a plain sum over its toke
 forward pass. Gradients are then sums over ranks, with no later scaling, equal at every topology; core
 scales the experts' auxiliary losses by the same function.
 
-Shapes: B sequences, L sequence on this context rank, V vocabulary on this tensor rank.
+Shapes: B sequences, L sequence on this context rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from megafab.engine.base import LossFunction
-from megafab.loss.cross_entropy import vocab_parallel_nll
+from megafab.loss.head import LossHead
 from megafab.loss.ledger import LossLedger
 from megafab.loss.terms import LossTerms, gathered
 from megafab.model.inputs import ModelInputs
@@ -40,6 +40,9 @@ class Schedule:
         groups: this rank's place.
         context_method: how sequences are split over context ranks.
         clock: told which micro-batch runs.
+        head_chunk: tokens whose logits exist at a time; None: all.
+        plain_loss: the loss is the nll alone, every token with the same weight: its gradient is then known
+            before the forward pass.
         no_sync: by chunk, what to enter for all backward passes of a step but the last, so that only the
             last one reduces gradients as it goes; empty: nothing.
         finalize: reduces the gradients over the job, called when the last backward pass is done; None:
@@ -53,6 +56,9 @@ class Schedule:
         groups: Groups,
         context_method: ContextMethod,
         clock: Clock,
+        *,
+        head_chunk: int | None,
+        plain_loss: bool,
         no_sync: Sequence[Callable[[], AbstractContextManager[None]]] = (),
         finalize: Callable[[], None] | None = None,
     ) -> None:
@@ -60,6 +66,7 @@ class Schedule:
         self._groups = groups
         self._context_method, self._clock = context_method, clock
         self._forward_backward = get_forward_backward_func()
+        self._head, self._plain_loss = LossHead(groups.tensor, head_chunk), plain_loss
         self._valid_tokens = torch.ones((), device=platform.device)
         if no_sync:
             # A list where there are several chunks, which core's annotation leaves out.
@@ -93,9 +100,8 @@ class Schedule:
         def forward_step(data: Iterator[tuple[int, ModelInputs]], model: torch.nn.Module):
             self._clock.micro_batch, inputs = next(data)
             self._clock.samples = tuple(inputs.rows.sample_B.tolist())
-            return inputs.run(model), lambda logits_LBV: self._sum_loss(
-                logits_LBV, inputs, loss, ledger, step_losses_M
-            )
+            output = inputs.run(model, self._head.layer(inputs.labels_BL.t()))
+            return output, lambda output: self._sum_loss(output, inputs, loss, ledger, step_losses_M)
 
         def micro_batches() -> Iterator[ModelInputs]:
             for start in range(0, count * micro_batch, micro_batch):
@@ -140,19 +146,22 @@ class Schedule:
 
     def _sum_loss(
         self,
-        logits_LBV: torch.Tensor,
+        output: torch.Tensor,
         inputs: ModelInputs,
         loss: LossFunction,
         ledger: LossLedger,
         step_losses_M: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """The micro-batch's loss for the schedule: (sum, a token count nobody reads, nothing to collect)."""
+        # What `grad_scale_func` will make of the gradient 1.
+        expected = torch.ones_like(self._valid_tokens) / self._valid_tokens if self._plain_loss else None
+        losses = self._head.losses(output, inputs.labels_BL.t(), expected=expected)
         terms = LossTerms(
-            nll_BL=vocab_parallel_nll(logits_LBV, inputs.labels_BL.t(), self._groups.tensor).t(),
-            logits_LBV=logits_LBV,
+            nll_BL=losses.nll.t(),
+            log_z_BL=None if losses.log_z is None else losses.log_z.t(),
+            mean_logit_BL=None if losses.mean_logit is None else losses.mean_logit.t(),
             mask_BL=inputs.loss_mask_BL,
             domain_B=inputs.domain_B,
-            tensor_group=self._groups.tensor,
             context_group=self._groups.context,
             data_group=self._groups.data,
             step_losses_M=step_losses_M,

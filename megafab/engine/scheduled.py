@@ -36,6 +36,8 @@ class ScheduledEngine(ABC):
         context_method: how sequences are split over context ranks.
         clock: told the step and the micro-batch that run, for layers that draw.
         ledger: makes an empty loss ledger.
+        head_chunk: tokens whose logits exist at a time; None: all.
+        plain_loss: the loss is the nll alone, every token with the same weight.
     """
 
     capabilities = frozenset({"veto", "weights"})
@@ -52,6 +54,8 @@ class ScheduledEngine(ABC):
         context_method: ContextMethod,
         clock: Clock,
         ledger: Callable[[], LossLedger],
+        head_chunk: int | None,
+        plain_loss: bool,
     ) -> None:
         self._clip, self._clock, self._ledger, self._groups = optim.clip, clock, ledger, groups
         sharding = self._shard(plan, chunks, groups, engine, optim)
@@ -66,8 +70,10 @@ class ScheduledEngine(ABC):
             groups,
             context_method,
             clock,
-            sharding.no_sync,
-            sharding.finalize,
+            head_chunk=head_chunk,
+            plain_loss=plain_loss,
+            no_sync=sharding.no_sync,
+            finalize=sharding.finalize,
         )
 
     @abstractmethod

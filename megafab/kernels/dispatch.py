@@ -19,6 +19,7 @@ from megafab.errors import UserError
 from megafab.kernels import (  # noqa: F401
     activation,
     build,
+    cross_entropy,
     dropout,
     multi_tensor,
     norm,

@@ -1,83 +1,135 @@
 """Cross-entropy over logits whose vocabulary is split over the tensor ranks, unreduced.
 
-One buffer of the logits' size holds their exponentials from forward to backward and becomes the gradient
-there; torch's own cross-entropy allocates two. On a CPU the passes over it go block by block, so that all
-but the first find their block in the cache.
+Shoeybi et al. 2019, section 3: a rank reduces its shard to a few numbers a token, and two small messages
+join them over the ranks. No second tensor of the logits' size exists: their gradient takes their place
+(`megafab/kernels/cross_entropy.py`). Where nothing but the nll is differentiated, by a gradient that is
+known beforehand, loss and gradient are made in one go.
 
 Shapes: N tokens, L sequence, B sequences, V vocabulary on this tensor rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-_BLOCK = 2**17  # logits; 512 KiB in fp32
-
-
-class _VocabParallelNLL(torch.autograd.Function):
-    """nll = logsumexp(logits) - logits[label] with two small reductions (Shoeybi et al. 2019, section 3)."""
-
-    @staticmethod
-    def forward(ctx, logits_NV: torch.Tensor, labels_N: torch.Tensor, group) -> torch.Tensor:
-        shard = logits_NV.shape[-1]
-        first = group.rank() * shard
-        exponentials_NV = torch.empty_like(logits_NV, dtype=torch.float32)
-        peak_N1, total_N1 = exponentials_NV.new_empty(2, len(labels_N), 1)
-        for rows in _blocks(logits_NV):
-            # A CPU is slow at the maximum of bf16.
-            values = logits_NV[rows].float() if logits_NV.device.type == "cpu" else logits_NV[rows]
-            peak_N1[rows] = values.amax(dim=-1, keepdim=True)
-        if group.size() > 1:
-            dist.all_reduce(peak_N1, op=dist.ReduceOp.MAX, group=group)
-        for rows in _blocks(logits_NV):
-            torch.sub(logits_NV[rows], peak_N1[rows], out=exponentials_NV[rows])
-            total_N1[rows] = exponentials_NV[rows].exp_().sum(dim=-1, keepdim=True)
-        labels_N1 = labels_N.unsqueeze(-1)
-        mine_N1 = (labels_N1 >= first) & (labels_N1 < first + shard)
-        index_N1 = torch.where(mine_N1, labels_N1 - first, 0)
-        target_N1 = torch.where(mine_N1, logits_NV.gather(-1, index_N1).float() - peak_N1, 0.0)
-        if group.size() > 1:
-            both = torch.stack((total_N1, target_N1))
-            dist.all_reduce(both, group=group)
-            total_N1, target_N1 = both
-        ctx.save_for_backward(exponentials_NV, total_N1, index_N1, mine_N1)
-        ctx.dtype = logits_NV.dtype
-        return (total_N1.log() - target_N1).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, grad_N: torch.Tensor):
-        exponentials_NV, total_N1, index_N1, mine_N1 = ctx.saved_tensors
-        # (probability - 1 at the label) x grad, with the division by the total left to the one pass that
-        # multiplies. A second backward over one forward is never asked for, so it may be done in place.
-        exponentials_NV.scatter_add_(-1, index_N1, -torch.where(mine_N1, total_N1, 0.0))
-        scale_N1 = grad_N.unsqueeze(-1) / total_N1
-        if ctx.dtype is torch.float32:
-            return exponentials_NV.mul_(scale_N1), None, None
-        grad_NV = torch.empty_like(exponentials_NV, dtype=ctx.dtype)
-        for rows in _blocks(grad_NV):
-            grad_NV[rows] = exponentials_NV[rows].mul_(scale_N1[rows])
-        return grad_NV, None, None
+from megafab.kernels.cross_entropy import gradient_, nll_and_gradient_, scale_rows_, statistics
 
 
-def _blocks(values_NV: torch.Tensor) -> Iterator[slice]:
-    """Rows to take at a time: a cacheful on a CPU, all of them elsewhere."""
-    rows, width = values_NV.shape
-    step = max(1, _BLOCK // width) if values_NV.device.type == "cpu" else max(1, rows)
-    return (slice(start, start + step) for start in range(0, rows, step))
+class TokenLosses(NamedTuple):
+    """What the logits come to for every token: fp32 [L, B], the same on all tensor ranks.
+
+    Attributes:
+        nll: the negative log-likelihood of the label, in nats.
+        log_z: log of the softmax normaliser; None where only the nll was asked for.
+        mean_logit: the mean of the logits over the vocabulary; None likewise.
+    """
+
+    nll: Tensor
+    log_z: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
-def vocab_parallel_nll(
-    logits_LBV: torch.Tensor, labels_LB: torch.Tensor, group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Negative log-likelihood of every label in nats: fp32 [L, B].
+def token_losses(
+    logits_LBV: Tensor, labels_LB: Tensor, group: dist.ProcessGroup, *, expected: Tensor | None = None
+) -> TokenLosses:
+    """The losses of logits, each with gradient. Where one is wanted, it will take the place of the logits.
 
     Args:
         logits_LBV: this tensor rank's part of the vocabulary, rank order.
         labels_LB: global token ids.
         group: the tensor parallel group.
+        expected: a scalar, the gradient that the nll of a token will most likely be given, never 0; another
+            one costs time, no more. Only the nll is then handed out. None: nothing is known of it.
     """
-    nll_N = _VocabParallelNLL.apply(logits_LBV.flatten(0, 1), labels_LB.flatten(), group)
-    return nll_N.view(labels_LB.shape)
+    logits_NV, labels_N = logits_LBV.flatten(0, 1), labels_LB.flatten()
+    if expected is not None and group.size() == 1 and torch.is_grad_enabled() and logits_LBV.requires_grad:
+        return TokenLosses(_ExpectedNLL.apply(logits_NV, labels_N, expected).view(labels_LB.shape))
+    losses = TokenLosses(*_Losses.apply(logits_NV, labels_N, group))
+    return TokenLosses(*(value.view(labels_LB.shape) for value in losses if value is not None))
+
+
+class _ExpectedNLL(torch.autograd.Function):
+    """The nll over a whole vocabulary, and its gradient at once; mended where it is not as expected."""
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, expected: Tensor) -> Tensor:
+        nll_N = nll_and_gradient_(logits_NV, labels_N, expected)
+        ctx.save_for_backward(logits_NV, expected)
+        return nll_N
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor):
+        gradient_NV, expected = ctx.saved_tensors
+        gradient_NV = gradient_NV.detach()
+        scale_rows_(gradient_NV, expected, grad_N.contiguous())
+        return gradient_NV, None, None
+
+
+class _Losses(torch.autograd.Function):
+    """nll, log_z and the mean logit over a split vocabulary."""
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup):
+        shard = logits_NV.shape[1]
+        first = group.rank() * shard
+        peak_N, *sums = statistics(logits_NV, labels_N, first)
+        peak_N, total_N, *losses = joined(peak_N, *sums, vocabulary=shard * group.size(), group=group)
+        ctx.save_for_backward(logits_NV, labels_N, peak_N, total_N)
+        ctx.first, ctx.vocabulary = first, shard * group.size()
+        ctx.set_materialize_grads(False)
+        return tuple(losses)
+
+    @staticmethod
+    def backward(ctx, nll_N: Tensor | None, log_z_N: Tensor | None, mean_N: Tensor | None):
+        logits_NV, labels_N, peak_N, total_N = ctx.saved_tensors
+        logits_NV = logits_NV.detach()
+        gradient_(
+            logits_NV,
+            labels_N,
+            ctx.first,
+            peak_N,
+            total_N,
+            nll=dense(nll_N),
+            log_z=dense(log_z_N),
+            mean=dense(mean_N),
+            vocabulary=ctx.vocabulary,
+        )
+        return logits_NV, None, None
+
+
+def joined(
+    peak_N: Tensor,
+    total_N: Tensor,
+    target_N: Tensor,
+    sum_N: Tensor,
+    *,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of shards as those of the whole vocabulary, by one maximum and one sum over the ranks.
+
+    Args:
+        peak_N, total_N, target_N, sum_N: of this rank's shard, from `kernels.cross_entropy.statistics`.
+        vocabulary: over all ranks.
+        group: the tensor parallel group.
+
+    Returns: peak, total, nll, log_z and the mean logit of every token.
+    """
+    if group.size() > 1:
+        own_N = peak_N.clone()
+        dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack((total_N * (own_N - peak_N).exp(), target_N, sum_N))
+        dist.all_reduce(sums, group=group)
+        total_N, target_N, sum_N = sums
+    log_N = total_N.log()
+    # The target comes off the peak, since peak + log(total) has lost digits where logits are large.
+    return peak_N, total_N, log_N + (peak_N - target_N), peak_N + log_N, sum_N / vocabulary
+
+
+def dense(value: Tensor | None) -> Tensor | None:
+    """The values in one piece."""
+    return None if value is None else value.contiguous()

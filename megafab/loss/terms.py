@@ -1,7 +1,6 @@
 """The loss of a micro-batch before it is summed: named terms per token, and token weights.
 
-Shape suffixes: B rows of a micro-batch, L sequence length (the local slice under context parallelism),
-V vocabulary shard of a tensor rank.
+Shape suffixes: B rows of a micro-batch, L sequence length (the local slice under context parallelism).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class LossTerms:
 
     Args:
         nll_BL: negative log-likelihood of each label, with gradient.
-        logits_LBV: this tensor rank's shard of the vocabulary, in the model's dtype, with gradient, as they
-            were before the cross-entropy.
         mask_BL: 1 where the prediction counts, else 0.
         domain_B: the domain's index of each row.
-        tensor_group: the ranks that share the vocabulary; None for one rank, as for the other groups.
-        context_group: the ranks that share a sequence.
+        log_z_BL: log of the softmax normaliser over the whole vocabulary, with gradient; None where no
+            technique says that it changes the loss.
+        mean_logit_BL: the mean of the logits over the vocabulary, with gradient; None likewise.
+        context_group: the ranks that share a sequence; None for one rank, as for the other group.
         data_group: the ranks with other rows of the same micro-batch, M rows together.
         step_losses_M: the mean nll of every row of the step, in sample order, where it is known beforehand
             (`StepPlan.losses_first`); M is then their number.
@@ -39,25 +38,36 @@ class LossTerms:
         self,
         *,
         nll_BL: Tensor,
-        logits_LBV: Tensor,
         mask_BL: Tensor,
         domain_B: Tensor,
-        tensor_group: dist.ProcessGroup | None = None,
+        log_z_BL: Tensor | None = None,
+        mean_logit_BL: Tensor | None = None,
         context_group: dist.ProcessGroup | None = None,
         data_group: dist.ProcessGroup | None = None,
         step_losses_M: Tensor | None = None,
         micro_batch: int = 0,
     ) -> None:
         self.nll_BL = nll_BL
-        self.logits_LBV = logits_LBV
         self.mask_BL = mask_BL
         self.domain_B = domain_B
-        self._tensor, self._context = _several(tensor_group), _several(context_group)
-        self._data = _several(data_group)
+        self._log_z_BL, self._mean_logit_BL = log_z_BL, mean_logit_BL
+        self._context, self._data = _several(context_group), _several(data_group)
         self._step_losses_M, self._micro_batch = step_losses_M, micro_batch
         self._notes: dict[str, Tensor] = {}
         self._weights_BL: Tensor | None = None
         self._added: dict[str, Tensor] = {}
+
+    @property
+    def log_z_BL(self) -> Tensor:
+        """log of the softmax normaliser of every token, for a technique that writes `loss_terms`."""
+        assert self._log_z_BL is not None, "its technique does not say that it writes loss_terms"
+        return self._log_z_BL
+
+    @property
+    def mean_logit_BL(self) -> Tensor:
+        """The mean logit of every token, for a technique that writes `loss_terms`."""
+        assert self._mean_logit_BL is not None, "its technique does not say that it writes loss_terms"
+        return self._mean_logit_BL
 
     def add(self, name: str, value_BL: Tensor) -> None:
         """Adds a named term, one value per token (spread a value per row over its tokens).
@@ -133,18 +143,6 @@ class LossTerms:
             return value.detach()
         return gathered(value.detach(), self._data)
 
-    def tensor_sum(self, value: Tensor) -> Tensor:
-        """The sum over tensor ranks, with gradient."""
-        return value if self._tensor is None else _TensorSum.apply(value, self._tensor)
-
-    def tensor_max(self, value: Tensor) -> Tensor:
-        """The maximum over tensor ranks, without gradient."""
-        value = value.detach()
-        if self._tensor is not None:
-            value = value.clone()
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._tensor)
-        return value
-
 
 def gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The values of all ranks along the first dimension, in the order of ranks; a collective."""
@@ -160,20 +158,3 @@ def _several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 def valid(value_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """`value_BL` where the mask is not 0, else 0; not a product, since 0 * nan is nan."""
     return torch.where(mask_BL != 0, value_BL, 0.0)
-
-
-class _TensorSum(torch.autograd.Function):
-    """All-reduce whose backward is the identity: each rank computes the whole total from the sum.
-
-    Adding the gradients up over ranks as well would count that one total once per rank.
-    """
-
-    @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None

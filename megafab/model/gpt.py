@@ -1,7 +1,8 @@
 """Megafab's GPT: Megatron-core's GPTModel with position ids that restart, and the loss left to the caller.
 
 Core's model returns either a finished loss or copied logits. Here the last stage hands out its shard of
-the logits as they are, from which the engine and techniques make the loss. What was retrieved goes to the
+the logits as they are, from which the engine and techniques make the loss, or what a `Head` makes of the
+hidden states in the place of logits. What was retrieved goes to the
 layers as their `context` (`retro.py`).
 
 Shapes: B sequences, C chunks of a sequence, K neighbours of a chunk, R their tokens.
@@ -9,19 +10,44 @@ Shapes: B sequences, C chunks of a sequence, K neighbours of a chunk, R their to
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megafab.kernels.rope import rope_table
 from megafab.run import Retrieved
+
+# From hidden states [L, B, H] (this rank's part of L if the third argument is true: sequence parallelism) and
+# this rank's rows of the output matrix to what the last stage hands out.
+Head = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+
+
+class OutputLayer(ColumnParallelLinear):
+    """The product with the output matrix, or what `head` does with the two.
+
+    Either way within this module's forward, around which ZeRO 3 gathers the matrix.
+    """
+
+    head: Head | None = None
+
+    def _forward_impl(self, input, weight, *args, **kwargs):
+        if self.head is None:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        return self.head(input, weight, self.sequence_parallel)
 
 
 class GPT(GPTModel):
     """A decoder-only transformer, or one pipeline chunk of it."""
 
     rope_base: float | None = None  # null: learned positions, added by core's embedding
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer  # core takes no spec for it
 
     def forward(
         self,
@@ -31,9 +57,12 @@ class GPT(GPTModel):
         *args,
         retrieved: Retrieved | None = None,
         retrieval_mask: torch.Tensor | None = None,
+        head: Head | None = None,
         **kwargs,
     ):
-        """As core's, with the neighbours of each chunk and `retro.retrieval_mask`; null: without."""
+        """As core's, with a head, the neighbours of each chunk and `retro.retrieval_mask`; null: without."""
+        if self.post_process:
+            cast(OutputLayer, self.output_layer).head = head
         if retrieved is not None:
             kwargs["extra_block_kwargs"] = {
                 "context": self._embed(retrieved.tokens_BCKR) if self.pre_process else None,
@@ -57,5 +86,5 @@ class GPT(GPTModel):
         return hidden, table, *rest
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Called by core where labels are given; the logits [L, B, vocabulary / tensor ranks] go through."""
+        """Called by core where labels are given; the logits, or what `head` made, go through."""
         return logits

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megafab.model.attention import attention_mask, context_positions
+from megafab.model.gpt import Head
 from megafab.model.retro import retrieval_mask
 from megafab.platform import platform
 from megafab.run import Batch, Retrieved
@@ -68,11 +69,21 @@ class ModelInputs:
             rows=rows,
         )
 
-    def run(self, model: torch.nn.Module) -> torch.Tensor:
-        """What a model chunk makes of them: hidden states, or logits [L, B, vocabulary / tensor ranks]."""
+    def run(self, model: torch.nn.Module, head: Head | None = None) -> torch.Tensor:
+        """What a model chunk makes of them: hidden states, or logits [L, B, vocabulary / tensor ranks].
+
+        Args:
+            model: the chunk.
+            head: makes of the last hidden states what the last chunk hands out; None: logits.
+        """
         retrieval = {}
         if self.retrieved is not None:
             retrieval = {"retrieved": self.retrieved, "retrieval_mask": self.retrieval_mask}
         return model(
-            self.tokens_BL, self.position_BL, self.attention_mask, labels=self.labels_BL, **retrieval
+            self.tokens_BL,
+            self.position_BL,
+            self.attention_mask,
+            labels=self.labels_BL,
+            head=head,
+            **retrieval,
         )

@@ -129,6 +129,7 @@ class ModelShape:
         seq_len: int | None = None,
         *,
         recompute: str = "none",
+        head_again: bool = False,
         kept: Mapping[int, int] = MappingProxyType({}),
         density: float = 1.0,
     ) -> float:
@@ -137,6 +138,7 @@ class ModelShape:
         Args:
             seq_len: length the attention runs over; the model's own by default.
             recompute: `none`, `selective` (attention products again) or `full` (every layer's forward again).
+            head_again: whether backward computes the logits again (`train.head_chunk`).
             kept: by layer (from 0), how many tokens of a sequence it computes; all where it is not named.
             density: share of the weights that are not 0 in the matrices that sparsity masks
                 (`names.is_maskable`), each of which counts; routers, attention and the head are dense.
@@ -163,7 +165,7 @@ class ModelShape:
             layers += (2.0 * matrices + attention) * tokens / length
         head = 2.0 * self.vocab * c.hidden
         again = {"none": 0.0, "selective": attentions, "full": layers}[recompute]
-        return 3.0 * (layers + head) + again
+        return 3.0 * (layers + head) + again + (head if head_again else 0.0)
 
     def _retro_work(self, layer: int) -> tuple[float, float]:
         """What looking at neighbours adds to a layer for a token of the sequence, in the forward pass.

@@ -29,7 +29,7 @@ Rules that make off equal to the baseline, and on equal across resume and topolo
   from a global generator. The state of a `Key` is the integers in it.
 - State is replicated (the same on every rank: `state_dict`) or shaped like parameters (`sharded_state`);
   never per rank, which cannot be resharded. Counts are global.
-- No collective but through what a hook is given (`terms.tensor_sum`, `ledger.reduced()`, `weights.sum()`,
+- No collective but through what a hook is given (`terms.population()`, `ledger.reduced()`, `weights.sum()`,
   `weights.commit()`), and those on every rank alike.
 - A technique reads no other technique. Two that write one resource are refused unless both list it
   in `composes`.
@@ -71,7 +71,7 @@ RESOURCES = frozenset(
         "replay",
         "windows",  # which of a domain's windows are drawn
         "batch",  # on_batch: tokens, mask, columns
-        "loss_terms",  # on_loss: terms beside the nll
+        "loss_terms",  # on_loss: terms beside the nll; who reads log_z_BL or mean_logit_BL writes them
         "token_weights",  # on_loss: weights of the nll
         "gradients",  # on_gradients: scale or skip
         "gradient_entries",  # on_reduced: single elements

@@ -10,6 +10,7 @@ from megafab.techniques.config import TechniquesConfig
 
 CLASSES = {
     "z_loss": "megafab.techniques.z_loss:ZLoss",
+    "label_smoothing": "megafab.techniques.label_smoothing:LabelSmoothing",
     "ema": "megafab.techniques.ema:EMA",
     "online_mixing": "megafab.techniques.online_mixing:OnlineMixing",
     "dynamic_loading": "megafab.techniques.dynamic_loading:DynamicLoading",

@@ -19,6 +19,13 @@ class ZLossConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelSmoothingConfig:
+    """`techniques/label_smoothing.py`."""
+
+    epsilon: float = 0.1  # share of the target that is spread over the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
 class EMAConfig:
     """`techniques/ema.py`."""
 
@@ -239,6 +246,7 @@ class TechniquesConfig:
     """One optional field a technique; the field's name is the technique's name everywhere."""
 
     z_loss: ZLossConfig | None = None
+    label_smoothing: LabelSmoothingConfig | None = None
     ema: EMAConfig | None = None
     online_mixing: OnlineMixingConfig | None = None
     dynamic_loading: DynamicLoadingConfig | None = None

@@ -4,14 +4,9 @@ Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", section 
 auxiliary loss `1e-4 * log(Z)^2` with Z the sum of exponentials of a token's logits, added to every token's
 loss. It holds the logits' common offset, which cross-entropy leaves free, near 0; bf16 training with a
 large vocabulary is steadier for it.
-
-Shape suffixes: B rows of a micro-batch, L sequence length, V vocabulary shard of a tensor rank.
 """
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from megafab.loss.terms import LossTerms
 from megafab.run import Batch
@@ -30,15 +25,4 @@ class ZLoss(Technique):
 
     def on_loss(self, terms: LossTerms, batch: Batch) -> None:
         """The term of this micro-batch."""
-        terms.add("z_loss", self.config.weight * log_normaliser(terms).square())
-
-
-def log_normaliser(terms: LossTerms) -> Tensor:
-    """log Z of every token `[B, L]` over the whole vocabulary, with gradient.
-
-    Each tensor rank reduces its shard first; only two numbers a token are exchanged.
-    """
-    shard_LB = torch.logsumexp(terms.logits_LBV.float(), dim=-1)
-    peak_LB = terms.tensor_max(shard_LB)
-    total_LB = terms.tensor_sum((shard_LB - peak_LB).exp())
-    return (peak_LB + total_LB.log()).t()
+        terms.add("z_loss", self.config.weight * terms.log_z_BL.square())

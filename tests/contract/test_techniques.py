@@ -41,6 +41,7 @@ from megafab.techniques.config import (
     EMAConfig,
     FreezingConfig,
     GradualPruningConfig,
+    LabelSmoothingConfig,
     OnlineMixingConfig,
     PacingConfig,
     PacingShape,
@@ -64,6 +65,7 @@ pytestmark = pytest.mark.multiproc
 
 SETTINGS: dict[str, Any] = {
     "z_loss": ZLossConfig(weight=0.05),
+    "label_smoothing": LabelSmoothingConfig(epsilon=0.2),
     "ema": EMAConfig(decay=0.5),
     "online_mixing": OnlineMixingConfig(warmup_steps=1),
     "dynamic_loading": DynamicLoadingConfig(reference={"books": 3.0, "code": 4.0}),
@@ -286,7 +288,8 @@ def assert_close(got: list[Row], want: list[Row], name: str) -> None:
     """Equal up to the order in which sums are taken."""
     assert len(got) == len(want)
     for one, other in zip(numbers(got, name), numbers(want, name), strict=True):
-        assert flatten(one) == pytest.approx(flatten(other), rel=1e-5), one["step"]
+        # A term may be the small difference of numbers of some nats, of which fp32 knows 3e-7.
+        assert flatten(one) == pytest.approx(flatten(other), rel=1e-5, abs=2e-8), one["step"]
 
 
 def test_every_technique_has_settings_here() -> None:

@@ -152,8 +152,6 @@ def test_what_torch_sees_of_them_compiles(tmp_path: Path):
 def test_nothing_is_built_at_import():
     """Importing all of the kernels starts no compiler."""
     code = (
-        "import subprocess, sys\n"
-        "subprocess.Popen = subprocess.run = None\n"
-        "import megafab.kernels.dispatch\n"
+        "import subprocess, sys\nsubprocess.Popen = subprocess.run = None\nimport megafab.kernels.dispatch\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

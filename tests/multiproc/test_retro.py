@@ -153,12 +153,13 @@ def test_a_changed_database_is_refused_with_what_differs(
 
 
 def logits(rank: int, world: int, arguments: list[str], cases: list[tuple[Any, ...]]) -> list[torch.Tensor]:
-    """This rank's shard of the logits [S, 2, V] of the first two rows of each case, on the last stage.
+    """Normaliser and mean of the logits [S, 2 + 2] of the first two rows of each case, on the last stage.
 
     A case is tokens [B, S], documents [B, S], neighbours [B, C, K, R] and their lengths [B, C, K].
     """
     from megafab.build import build
     from megafab.config import load
+    from megafab.loss.terms import LossTerms
     from megafab.model.names import is_gate
     from megafab.platform import platform
     from megafab.run import Batch, Retrieved
@@ -180,7 +181,11 @@ def logits(rank: int, world: int, arguments: list[str], cases: list[tuple[Any, .
             retrieved=Retrieved(neighbors, lengths),
         )
         seen: list[torch.Tensor] = []
-        run.engine.evaluate(batch, 2, lambda terms, _, seen=seen: seen.append(terms.logits_LBV.clone()))
+
+        def see(terms: LossTerms, _: Batch, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(torch.cat((terms.log_z_BL.t(), terms.mean_logit_BL.t()), dim=-1))
+
+        run.engine.evaluate(batch, 2, see)
         found += seen[:1]  # on the last stage
     run.close()
     shutdown()
@@ -236,8 +241,8 @@ CAUSAL = (
     ids=lambda layout: " ".join(layout) or "one rank",
 )
 def test_nothing_is_seen_before_its_time(layout: tuple[str, ...], ranks, text: Path, tmp_path: Path) -> None:
-    """Each token and each chunk's neighbours changed in turn: every logit that may not change is the same bit
-    for bit, and the first that may does."""
+    """Each token and each chunk's neighbours changed in turn: the normaliser and the mean of all logits that
+    may not change are the same bit for bit, and of the first that may they do."""
     if not (text / "neighbors" / "tfidf-4").exists():
         build_neighbors(text, "chunk=4", "neighbors=2", "candidates=4", "index=IVF64,Flat", "dim=32")
     world = math.prod(2 for axis in layout if axis in (TENSOR, PIPELINE)) if layout != ZERO_3 else 2

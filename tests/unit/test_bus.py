@@ -274,7 +274,6 @@ def test_metrics_have_the_terms_and_the_techniques_own() -> None:
     assert (one.terms, one.notes) == (("pull",), ("push",))
     terms = LossTerms(
         nll_BL=torch.ones(2, 2),
-        logits_LBV=torch.zeros(2, 2, 4),
         mask_BL=torch.ones(2, 2),
         domain_B=torch.zeros(2, dtype=torch.int64),
     )

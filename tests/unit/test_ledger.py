@@ -22,7 +22,6 @@ def micro_batch(nll, mask, domain) -> LossTerms:
     nll_BL = torch.tensor(nll, dtype=torch.float32)
     return LossTerms(
         nll_BL=nll_BL,
-        logits_LBV=torch.zeros(*nll_BL.t().shape, 4),
         mask_BL=torch.tensor(mask, dtype=torch.float32),
         domain_B=torch.tensor(domain),
     )

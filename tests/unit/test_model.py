@@ -203,7 +203,7 @@ def counted_flops(rank, world, config, recompute):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megafab.loss.cross_entropy import vocab_parallel_nll
+    from megafab.loss.cross_entropy import token_losses
     from megafab.model.inputs import ModelInputs
 
     (model,), groups = build(config, Mesh(1), recompute=recompute)
@@ -213,7 +213,7 @@ def counted_flops(rank, world, config, recompute):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
         logits = model.train()(*arguments, labels=inputs.labels_BL)
         forward = both.get_total_flops()
-        vocab_parallel_nll(logits, inputs.labels_BL.t(), groups.tensor).sum().backward()
+        token_losses(logits, inputs.labels_BL.t(), groups.tensor).nll.sum().backward()
     return both.get_total_flops(), forward
 
 
@@ -246,6 +246,7 @@ def test_flops_by_hand():
     assert shape.flops_per_token() == 3 * (2 * layer + head)
     assert shape.flops_per_token(recompute="selective") == 3 * (2 * layer + head) + 2 * attention
     assert shape.flops_per_token(recompute="full") == 3 * (2 * layer + head) + 2 * layer
+    assert shape.flops_per_token(head_again=True) == 3 * (2 * layer + head) + head
     assert shape.flops_per_token(16) == 3 * (2 * (layer + attention) + head)
 
 
@@ -471,7 +472,7 @@ def test_nothing_is_seen_before_it_comes(ranks, config):
 
 def gradients(rank, world, config, recompute):
     """The loss and all gradients of one training step's rows."""
-    from megafab.loss.cross_entropy import vocab_parallel_nll
+    from megafab.loss.cross_entropy import token_losses
     from megafab.model.inputs import ModelInputs
 
     (model,), groups = build(config, Mesh(1), recompute=recompute)
@@ -479,7 +480,7 @@ def gradients(rank, world, config, recompute):
     logits = model.train()(
         inputs.tokens_BL, inputs.position_BL, inputs.attention_mask, labels=inputs.labels_BL
     )
-    loss = vocab_parallel_nll(logits, inputs.labels_BL.t(), groups.tensor).sum()
+    loss = token_losses(logits, inputs.labels_BL.t(), groups.tensor).nll.sum()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 

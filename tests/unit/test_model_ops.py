@@ -84,15 +84,15 @@ def test_rms_norm(ranks, dtype, tolerance, strided):
 
 def nll_in_blocks(rank, world):
     """A vocabulary so wide that a block takes three of the eight tokens, with the last block short."""
-    from megafab.loss import cross_entropy
+    from megafab.kernels.cross_entropy import _BLOCK
+    from megafab.loss.cross_entropy import token_losses
 
-    vocab = cross_entropy._BLOCK // 3
-    logits = torch.randn(8, 1, vocab, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = torch.randn(8, 1, _BLOCK // 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
     labels = torch.arange(8).unsqueeze(-1) * 7
     grad = torch.linspace(-1.0, 2.0, 8).unsqueeze(-1)
-    nll = cross_entropy.vocab_parallel_nll(logits, labels, dist.group.WORLD)
+    nll = token_losses(logits, labels, dist.group.WORLD).nll
     nll.backward(grad)
-    exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").unsqueeze(-1)
     expected.backward(grad.double())
     worst = (logits.grad - exact.grad).abs().max() / exact.grad.abs().max()

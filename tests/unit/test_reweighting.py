@@ -71,7 +71,6 @@ def terms(nll_BL: Tensor, mask_BL: Tensor, **more) -> LossTerms:
     rows, length = nll_BL.shape
     return LossTerms(
         nll_BL=nll_BL,
-        logits_LBV=torch.zeros(length, rows, 4),
         mask_BL=mask_BL,
         domain_B=torch.zeros(rows, dtype=torch.int64),
         **more,

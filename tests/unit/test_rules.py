@@ -701,6 +701,11 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "sent to the other ranks at the end of the step. Fix: engine.overlap_param_gather=false",
     ),
     (
+        *("head-chunk", {"train.head_chunk": 32}, 1),
+        "train.head_chunk=32: found 32 tokens, expected fewer than the 32 of a micro-batch on a rank. "
+        "Fix: train.head_chunk=8, or null",
+    ),
+    (
         *("global-batch", {"train.global_batch": 10, "train.micro_batch": 2}, 4),
         "train.global_batch=10: found 10 sequences, expected a multiple of train.micro_batch=2 x "
         "4 data parallel ranks. Fix: train.global_batch=16, or another train.micro_batch",

@@ -1,4 +1,4 @@
-"""z-loss and EMA against numbers made by hand and against plain softmax."""
+"""z-loss, label smoothing and EMA against numbers made by hand."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from megafab.model.config import ModelConfig
 from megafab.model.shape import ModelShape
 from megafab.run import Batch, StepOutcome, StepPlan, Verdict
 from megafab.techniques.base import Facts
-from megafab.techniques.config import EMAConfig, ZLossConfig
+from megafab.techniques.config import EMAConfig, LabelSmoothingConfig, ZLossConfig
 from megafab.techniques.ema import EMA
+from megafab.techniques.label_smoothing import LabelSmoothing
 from megafab.techniques.z_loss import ZLoss
 from megafab.topology.layout import Layout
 
@@ -31,75 +32,41 @@ def batch(rows: int, length: int) -> Batch:
     return Batch(whole, whole, torch.ones(rows, length), whole, whole, one, one)
 
 
-def terms_of(logits_LBV: Tensor, group=None) -> LossTerms:
-    length, rows, _ = logits_LBV.shape
+def terms_of(nll: list[float], log_z: list[float], mean_logit: list[float]) -> LossTerms:
+    """Of one row."""
+    nll_BL, log_z_BL, mean_logit_BL = (torch.tensor([values]) for values in (nll, log_z, mean_logit))
     return LossTerms(
-        nll_BL=torch.zeros(rows, length),
-        logits_LBV=logits_LBV,
-        mask_BL=torch.ones(rows, length),
-        domain_B=torch.zeros(rows, dtype=torch.int64),
-        tensor_group=group,
+        nll_BL=nll_BL,
+        log_z_BL=log_z_BL,
+        mean_logit_BL=mean_logit_BL,
+        mask_BL=torch.ones_like(nll_BL),
+        domain_B=torch.zeros(1, dtype=torch.int64),
     )
 
 
 def test_z_loss_by_hand() -> None:
-    # Z = 1 + 2 + 3 + 4 = 10 and Z = 2 + 2 + 2 + 2 = 8.
-    logits_LBV = torch.tensor([[[1.0, 2, 3, 4]], [[2, 2, 2, 2]]]).log()
-    terms = terms_of(logits_LBV)
+    terms = terms_of([0.0, 0.0], [math.log(10), math.log(8)], [0.0, 0.0])
     ZLoss(ZLossConfig(weight=0.01), FACTS).on_loss(terms, batch(1, 2))
     want = [0.01 * math.log(10) ** 2, 0.01 * math.log(8) ** 2]
     assert terms.values()["z_loss"][0].tolist() == pytest.approx(want)
     assert terms.total().item() == pytest.approx(sum(want))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_z_loss_gradient_is_that_of_a_plain_softmax(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_LBV = (4 * torch.randn(5, 3, 32, generator=generator)).to(dtype).requires_grad_()
-    terms = terms_of(logits_LBV)
-    ZLoss(ZLossConfig(weight=0.5), FACTS).on_loss(terms, batch(3, 5))
-    (gradient,) = torch.autograd.grad(terms.total(), logits_LBV)
-    plain = logits_LBV.detach().double()
-    log_z = plain.exp().sum(-1).log()
-    want = 0.5 * 2 * log_z.unsqueeze(-1) * plain.softmax(-1)  # d/dx of 0.5 * log(Z)^2
-    assert gradient.dtype == dtype
-    torch.testing.assert_close(
-        gradient.double(), want, rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-6
-    )
+def test_label_smoothing_by_hand() -> None:
+    # Logits ln 1, ln 2, ln 3, ln 4 and the label of the last: p is 0.1, 0.2, 0.3, 0.4.
+    terms = terms_of([-math.log(0.4)], [math.log(10)], [math.log(24) / 4])
+    LabelSmoothing(LabelSmoothingConfig(epsilon=0.2), FACTS).on_loss(terms, batch(1, 1))
+    target = [0.05, 0.05, 0.05, 0.85]
+    want = -sum(t * math.log(p) for t, p in zip(target, (0.1, 0.2, 0.3, 0.4), strict=True))
+    assert terms.total().item() == pytest.approx(want)
+    assert terms.values()["nll"].item() == pytest.approx(-math.log(0.4)), "what is reported is plain"
 
 
-def test_z_loss_of_huge_logits_is_finite() -> None:
-    terms = terms_of(torch.full((1, 1, 4), 300.0))
-    ZLoss(ZLossConfig(weight=1.0), FACTS).on_loss(terms, batch(1, 1))
-    assert terms.total().item() == pytest.approx((300 + math.log(4)) ** 2)
-
-
-def _split_z_loss(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    import torch.distributed as dist
-
-    logits_LBV = 5 * torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(7))
-    share = 16 // world
-    mine = logits_LBV[..., rank * share : (rank + 1) * share].clone().requires_grad_()
-    terms = terms_of(mine, dist.group.WORLD)
-    ZLoss(ZLossConfig(weight=0.1), FACTS).on_loss(terms, batch(3, 4))
-    total = terms.total()
-    total.backward()
-    assert mine.grad is not None
-    return total.detach(), terms.values()["z_loss"].detach(), mine.grad
-
-
-@pytest.mark.multiproc
-@pytest.mark.parametrize("world", [2, 4])
-def test_z_loss_over_a_split_vocabulary(ranks, world: int) -> None:
-    logits_LBV = 5 * torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(7))
-    logits_LBV.requires_grad_()
-    terms = terms_of(logits_LBV)
-    ZLoss(ZLossConfig(weight=0.1), FACTS).on_loss(terms, batch(3, 4))
-    terms.total().backward()
-    parts = ranks.run(_split_z_loss, world=world)
-    assert all(torch.equal(part[1], parts[0][1]) for part in parts), "the same term on every rank"
-    torch.testing.assert_close(parts[0][1], terms.values()["z_loss"].detach())
-    torch.testing.assert_close(torch.cat([part[2] for part in parts], dim=-1), logits_LBV.grad)
+def test_a_technique_that_does_not_say_so_reads_no_normaliser() -> None:
+    one = torch.ones(1, 1)
+    terms = LossTerms(nll_BL=one, mask_BL=one, domain_B=torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="loss_terms"):
+        ZLoss(ZLossConfig(), FACTS).on_loss(terms, batch(1, 1))
 
 
 class Masters:

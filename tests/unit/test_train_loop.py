@@ -156,7 +156,6 @@ def _ledger(nll: float, domain: int) -> LossLedger:
     ledger.record(
         LossTerms(
             nll_BL=value_BL,
-            logits_LBV=torch.zeros(4, 2, 3),
             mask_BL=torch.ones(2, 4),
             domain_B=torch.full((2,), domain),
         )

@@ -42,7 +42,7 @@ def bare_deepspeed(config: Any, batches: list[Any]) -> Callable[[], None]:
     import torch
 
     from megafab.build import _DTYPES
-    from megafab.loss.cross_entropy import vocab_parallel_nll
+    from megafab.loss.cross_entropy import token_losses
     from megafab.model import plan as model_plan
     from megafab.model.inputs import ModelInputs
     from megafab.model.shape import ModelShape
@@ -68,8 +68,10 @@ def bare_deepspeed(config: Any, batches: list[Any]) -> Callable[[], None]:
 
         def forward(self, x: ModelInputs) -> torch.Tensor:
             logits_LBV = self.chunk(x.tokens_BL, x.position_BL, x.attention_mask, labels=x.labels_BL)
-            nll_BL = vocab_parallel_nll(logits_LBV, x.labels_BL.t(), groups.tensor).t()
-            return (nll_BL * x.loss_mask_BL).sum() / x.loss_mask_BL.sum()
+            tokens = x.loss_mask_BL.sum()
+            expected = 1.0 / (tokens * count)  # DeepSpeed divides by the micro-batches
+            nll_BL = token_losses(logits_LBV, x.labels_BL.t(), groups.tensor, expected=expected).nll.t()
+            return (nll_BL * x.loss_mask_BL).sum() / tokens
 
     decayed = [p for p in chunk.parameters() if p.dim() > 1]
     plain = [p for p in chunk.parameters() if p.dim() <= 1]

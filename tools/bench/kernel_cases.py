@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import megafab.kernels.dropout  # noqa: F401
+import megafab.kernels.dropout  # noqa: F401 (defines an operator)
 from megafab.kernels import ops
 from megafab.kernels.activation import GATED, activate
+from megafab.kernels.cross_entropy import gradient_, nll_and_gradient_, scale_rows_, statistics
 from megafab.kernels.multi_tensor import adamw_, mask_, sum_of_squares
 from megafab.kernels.norm import add_norm, norm
 from megafab.kernels.rope import rope_table, rotate, rotate_both_
@@ -354,6 +356,86 @@ def _rows() -> Iterator[Case]:
         yield Case(f"put_rows-{size}", ("put_rows",), put_rows, lambda m, make=make: make(m, True), **small)
 
 
+def _cross_entropies() -> Iterator[Case]:
+    # Columns: fewer than a warp takes, not in 16 bytes, rounds and a rest, a whole block, more than it keeps.
+    for rows, columns in ((4, 24), (3, 130), (5, 4096), (0, 64), (2, 70002), (3, 131072)):
+        size = {"large": columns > 10000, "small": columns == 24}
+        shard = columns // 2  # the labels of some rows are on no column here
+
+        def rows_of(make: Make, rows: int = rows, columns: int = columns) -> tuple[Tensor, Tensor]:
+            return make.normal(rows, columns, grad=False), make.integers(columns, rows)
+
+        def weights(make: Make, rows: int = rows) -> Tensor:
+            # The first row is asked for nothing.
+            return make.normal(rows, grad=False, dtype=torch.float32) * (torch.arange(rows) > 0).to(
+                make.device
+            )
+
+        def expected(make: Make) -> Tensor:
+            return make.normal(1, grad=False, dtype=torch.float32).abs() + 0.5
+
+        yield Case(
+            f"cross_entropy-{rows}x{columns}",
+            ("cross_entropy",),
+            lambda x, labels, shard=shard: statistics(x, labels, shard),
+            lambda m, rows_of=rows_of: rows_of(m),
+            **size,
+        )
+        for given in ("nll", "nll log_z mean"):
+
+            def change(
+                x: Tensor, labels: Tensor, *of: Tensor, given: str = given, shard: int = shard
+            ) -> Tensor:
+                grads = {name: of[0] if name in given else None for name in ("nll", "log_z", "mean")}
+                peak, total = of[1:]
+                gradient_(x, labels, shard, peak, total, **grads, vocabulary=x.shape[1])
+                return x
+
+            def prepared(make: Make, rows_of: Any = rows_of, weights: Any = weights) -> list[Tensor]:
+                x, labels = rows_of(make)
+                peak = x.float().amax(1)
+                return [x, labels, weights(make), peak, (x.float() - peak[:, None]).exp().sum(1)]
+
+            name = f"cross_entropy_gradient-{given.replace(' ', '-')}-{rows}x{columns}"
+            yield Case(name, ("cross_entropy_gradient_",), change, prepared, **size)
+
+        yield Case(
+            f"nll_and_gradient-{rows}x{columns}",
+            ("nll_and_gradient_",),
+            lambda x, labels, expected: (nll_and_gradient_(x, labels, expected), x),
+            lambda m, rows_of=rows_of, expected=expected: (*rows_of(m), expected(m)),
+            **size,
+        )
+
+        def rescale(x: Tensor, expected: Tensor, found: Tensor) -> Tensor:
+            scale_rows_(x, expected, torch.where(torch.arange(len(x), device=x.device) == 1, expected, found))
+            return x
+
+        yield Case(
+            f"scale_rows-{rows}x{columns}",
+            ("scale_rows_",),
+            rescale,
+            lambda m, rows_of=rows_of, expected=expected, weights=weights: (
+                rows_of(m)[0],
+                expected(m),
+                weights(m),
+            ),
+            **size,
+        )
+
+    # Exponentials far out of fp32's range.
+    yield Case(
+        "nll_and_gradient-huge",
+        ("nll_and_gradient_",),
+        lambda x, labels, expected: (nll_and_gradient_(x, labels, expected), x),
+        lambda m: (
+            m.normal(3, 130, grad=False).mul_(3000),
+            m.integers(130, 3),
+            m.normal(1, grad=False, dtype=torch.float32),
+        ),
+    )
+
+
 CASES: tuple[Case, ...] = (
     *_norms(),
     *_activations(),
@@ -362,4 +444,5 @@ CASES: tuple[Case, ...] = (
     *_softmaxes(),
     *_multi_tensor(),
     *_rows(),
+    *_cross_entropies(),
 )

@@ -64,7 +64,7 @@ def bare_loop(config: Any, batches: list[Any]) -> Callable[[], None]:
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     from megafab.build import _DTYPES
-    from megafab.loss.cross_entropy import vocab_parallel_nll
+    from megafab.loss.cross_entropy import token_losses
     from megafab.model import plan as model_plan
     from megafab.model.inputs import ModelInputs
     from megafab.model.shape import ModelShape
@@ -117,24 +117,25 @@ def bare_loop(config: Any, batches: list[Any]) -> Callable[[], None]:
     forward_backward = get_forward_backward_func()
     no_count = torch.zeros((), dtype=torch.int)
 
-    def forward_step(data: Iterator[ModelInputs], model: torch.nn.Module):
-        x = next(data)
+    def forward_step(data: Iterator[tuple[ModelInputs, torch.Tensor]], model: torch.nn.Module):
+        x, expected = next(data)
         logits_LBV = model(x.tokens_BL, x.position_BL, x.attention_mask, labels=x.labels_BL)
 
         def loss(logits_LBV: torch.Tensor):
-            nll_BL = vocab_parallel_nll(logits_LBV, x.labels_BL.t(), tensor_group).t()
+            nll_BL = token_losses(logits_LBV, x.labels_BL.t(), tensor_group, expected=expected).nll.t()
             return (nll_BL * x.loss_mask_BL).sum(), no_count, {}
 
         return logits_LBV, loss
 
     def step() -> None:
         micro, tokens = next(stream)
+        expected = torch.tensor(1.0 / tokens)
         plan.transformer.grad_scale_func = lambda loss: loss / tokens
         model.zero_grad_buffer()
         optimizer.zero_grad()
         forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(micro),
+            data_iterator=iter((x, expected) for x in micro),
             model=[model],
             num_microbatches=len(micro),
             seq_length=common.SEQ_LEN,

@@ -1,7 +1,7 @@
 """The tables of results/*.json in Markdown, as the README shows them.
 
     python tools/bench/table.py [overhead] [peers] [startup] [loader] [data_build] [checkpoint] [optimizers]
-        [engines] [token_dropping] [data_techniques] [retrieval] [retro]
+        [engines] [token_dropping] [linear_cross_entropy] [data_techniques] [retrieval] [retro]
 
 Without a name, all that have a result. Nothing is measured.
 """
@@ -17,6 +17,7 @@ import checkpoint
 import common
 import data_techniques
 import engines
+import linear_cross_entropy
 import optimizers
 import overhead
 import peers
@@ -58,6 +59,7 @@ REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data_build": data_build,
     "checkpoint": checkpoint.report,
     "optimizers": optimizers.report,
+    "linear_cross_entropy": linear_cross_entropy.report,
     "engines": engines.report,
     "token_dropping": token_dropping.report,
     "data_techniques": data_techniques.report,

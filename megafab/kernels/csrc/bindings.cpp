@@ -411,6 +411,74 @@ std::tuple<Tensor, Tensor> put_rows_backward(const Tensor& grad, const Tensor& r
   return {grad_x, grad_new};
 }
 
+// ---- cross_entropy -----------------------------------------------------------------------------------------
+
+// That `x` has a value of type V for each row of `like`, or one alone.
+template <typename V>
+const V* per_row(const Tensor& x, const Tensor& like, int64_t count, const char* name) {
+  TORCH_CHECK(x.is_contiguous() && x.numel() == count, name, ": ", count, " values, found sizes ", x.sizes());
+  TORCH_CHECK(x.device() == like.device(), name, " is on ", x.device(), ", not on ", like.device());
+  return x.const_data_ptr<V>();
+}
+
+const float* per_row(const Optional& x, const Tensor& like, int64_t count, const char* name) {
+  return x ? per_row<float>(*x, like, count, name) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& labels, int64_t first) {
+  const c10::DeviceGuard guard(logits.device());
+  const int columns = columns_of(logits);
+  const int64_t rows = rows_of(logits);
+  Tensor peak = fp32(logits, {rows}), total = fp32(logits, {rows});
+  Tensor target = fp32(logits, {rows}), sum = fp32(logits, {rows});
+  megafab::cross_entropy(
+      {type_of(logits), rows, columns, first, dense(logits, logits, "logits"),
+       per_row<int64_t>(labels, logits, rows, "labels"), peak.mutable_data_ptr<float>(),
+       total.mutable_data_ptr<float>(), target.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(), nullptr,
+       nullptr, nullptr},
+      stream());
+  return {peak, total, target, sum};
+}
+
+Tensor nll_and_gradient_(Tensor& logits, const Tensor& labels, const Tensor& expected) {
+  const c10::DeviceGuard guard(logits.device());
+  const int columns = columns_of(logits);
+  const int64_t rows = rows_of(logits);
+  Tensor nll = fp32(logits, {rows});
+  megafab::cross_entropy(
+      {type_of(logits), rows, columns, 0, dense(logits, logits, "logits"),
+       per_row<int64_t>(labels, logits, rows, "labels"), nullptr, nullptr, nullptr, nullptr,
+       per_row<float>(expected, logits, 1, "expected"), nll.mutable_data_ptr<float>(), logits.mutable_data_ptr()},
+      stream());
+  return nll;
+}
+
+void cross_entropy_gradient_(
+    Tensor& logits, const Tensor& labels, int64_t first, const Tensor& peak, const Tensor& total, const Optional& nll,
+    const Optional& log_z, const Optional& mean, int64_t vocabulary) {
+  const c10::DeviceGuard guard(logits.device());
+  const int columns = columns_of(logits);
+  const int64_t rows = rows_of(logits);
+  dense(logits, logits, "logits");
+  megafab::cross_entropy_gradient(
+      {type_of(logits), rows, columns, first, static_cast<float>(vocabulary), logits.mutable_data_ptr(),
+       per_row<int64_t>(labels, logits, rows, "labels"), per_row<float>(peak, logits, rows, "peak"),
+       per_row<float>(total, logits, rows, "total"), per_row(nll, logits, rows, "nll"),
+       per_row(log_z, logits, rows, "log_z"), per_row(mean, logits, rows, "mean")},
+      stream());
+}
+
+void scale_rows_(Tensor& x, const Tensor& expected, const Tensor& found) {
+  const c10::DeviceGuard guard(x.device());
+  const int columns = columns_of(x);
+  const int64_t rows = rows_of(x);
+  dense(x, x, "x");
+  megafab::scale_rows(
+      {type_of(x), rows, columns, x.mutable_data_ptr(), per_row<float>(expected, x, 1, "expected"),
+       per_row<float>(found, x, rows, "found")},
+      stream());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(MEGAFAB_LIBRARY, MEGAFAB_DEVICE, m) {
@@ -432,4 +500,8 @@ TORCH_LIBRARY_IMPL(MEGAFAB_LIBRARY, MEGAFAB_DEVICE, m) {
   m.impl("gather_rows_backward", &gather_rows_backward);
   m.impl("put_rows", &put_rows);
   m.impl("put_rows_backward", &put_rows_backward);
+  m.impl("cross_entropy", &cross_entropy);
+  m.impl("cross_entropy_gradient_", &cross_entropy_gradient_);
+  m.impl("nll_and_gradient_", &nll_and_gradient_);
+  m.impl("scale_rows_", &scale_rows_);
 }

@@ -203,4 +203,51 @@ struct PutRows {
 };
 void put_rows(const PutRows& call, Stream stream);
 
+// ---- cross_entropy.cu: see cross_entropy.py ----------------------------------------------------------------
+
+// With `expected` it writes `nll` and `gradient`, which is where the logits are; without, the other results.
+struct CrossEntropy {
+  Type type;
+  int64_t rows;
+  int columns;
+  int64_t first;
+  const void* logits;
+  const int64_t* labels;
+  float* peak;
+  float* total;
+  float* target;
+  float* sum;
+  const float* expected;
+  float* nll;
+  void* gradient;
+};
+void cross_entropy(const CrossEntropy& call, Stream stream);
+
+// Null: a gradient of 0.
+struct CrossEntropyGradient {
+  Type type;
+  int64_t rows;
+  int columns;
+  int64_t first;
+  float vocabulary;
+  void* logits;
+  const int64_t* labels;
+  const float* peak;
+  const float* total;
+  const float* nll;
+  const float* log_z;
+  const float* mean;
+};
+void cross_entropy_gradient(const CrossEntropyGradient& call, Stream stream);
+
+struct ScaleRows {
+  Type type;
+  int64_t rows;
+  int columns;
+  void* x;
+  const float* expected;
+  const float* found;
+};
+void scale_rows(const ScaleRows& call, Stream stream);
+
 }  // namespace megafab
