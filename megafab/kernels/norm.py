@@ -115,14 +115,17 @@ def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(total, weight, None if bias is None else mean, rstd)
 
 
-def _gradient(ops: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _gradient(ops: Any, ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = ops.norm_backward(grad.contiguous(), None, x, weight, mean, rstd)
     return grad_x, grad_weight, None if mean is None else grad_bias, None
 
 
-def _sum_gradient(ops: Any, ctx: Any, grad: Tensor, grad_sum: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _sum_gradient(
+    ops: Any, ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
+) -> tuple[Any, ...]:
     total, weight, mean, rstd = ctx.saved_tensors
+    grad = torch.zeros_like(total) if grad is None else grad
     grad_x, grad_weight, grad_bias = ops.norm_backward(*dense(grad, grad_sum), total, weight, mean, rstd)
     return grad_x, grad_x, grad_weight, None if mean is None else grad_bias, None
 

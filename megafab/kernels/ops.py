@@ -5,12 +5,13 @@ An operator is defined in two namespaces of `torch.ops`:
 - `megafab`: on a GPU the kernel, once its library is loaded (`dispatch.py`); on a CPU the reference.
 - `megafab_reference`: the reference on every device, which is also what kernels are checked against.
 
-`chosen(name)` is the one that layers call. Gradients call backward operators of their own namespace, so that
-a comparison compares both directions.
+`chosen(name)` is what layers call, made of one of the two by `direct`. Gradients call backward operators of
+their own namespace, so that a comparison compares both directions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ class Op:
         reference: computes it with torch's own operators, on any device.
         fake: the results' shapes and types without the work.
         keep: `(ctx, inputs, output)`, what backward needs; None: it has no gradient.
-        backward: `(ops, ctx, *grads)`, the gradient of each argument, by the operators `ops` of a namespace.
+        backward: `(ops, ctx, *grads)`, the gradient of each argument, by the operators `ops` of a namespace;
+            of a result that nobody used the gradient may be None.
     """
 
     name: str
@@ -85,7 +87,49 @@ def register(op: Op, namespace: str, key: str | None) -> None:
 
 def choose(name: str, namespace: str) -> None:
     """Have layers call the operator of a namespace."""
-    replace(name, getattr(getattr(torch.ops, namespace), name).default)
+    replace(name, direct(name, namespace))
+
+
+@functools.cache
+def direct(name: str, namespace: str) -> Callable[..., Any]:
+    """The operator with its gradient, without the general wrapping that `register` asks of torch.
+
+    That wrapping, and a trip through torch's dispatcher to a reference in Python, cost several times what a
+    small operator does.
+    """
+    op, ops = OPS[name], _REFERENCES if namespace == REFERENCE else getattr(torch.ops, namespace)
+    call = getattr(ops, name)
+    if op.backward is None:
+        return call
+    keep, backward = op.keep, op.backward
+    assert keep is not None
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = call(*inputs)
+            keep(ctx, inputs, output)
+            ctx.set_materialize_grads(False)
+            ctx.count = len(inputs)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * ctx.count
+            return backward(ops, ctx, *grads)
+
+    return Direct.apply
+
+
+class _References:
+    """The references as attributes, whenever they are defined."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return OPS[name].reference
+
+
+_REFERENCES = _References()
 
 
 def replace(name: str, function: Callable[..., Any]) -> None:

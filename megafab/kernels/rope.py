@@ -111,14 +111,19 @@ def _rope_fake_(q: Tensor, k: Tensor | None, table: Tensor, back: bool) -> None:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, k, table, ctx.back = inputs
-    ctx.has_k = k is not None
+    ctx.sizes = inputs[0].shape, None if k is None else k.shape
     ctx.save_for_backward(table)
 
 
-def _gradient(ops: Any, ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+def _gradient(ops: Any, ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Any, ...]:
     (table,) = ctx.saved_tensors
-    turned_q, turned_k = ops.rope(*_dense_heads(grad_q, grad_k if ctx.has_k else None), table, not ctx.back)
-    return turned_q, turned_k if ctx.has_k else None, None, None
+    sizes_q, sizes_k = ctx.sizes
+    grad_q = table.new_zeros(sizes_q) if grad_q is None else grad_q
+    if sizes_k is not None and grad_k is None:
+        grad_k = table.new_zeros(sizes_k)
+    given = _dense_heads(grad_q, None if sizes_k is None else grad_k)
+    turned_q, turned_k = ops.rope(*given, table, not ctx.back)
+    return turned_q, None if sizes_k is None else turned_k, None, None
 
 
 define(

@@ -2,8 +2,7 @@
 
 Core's model returns either a finished loss or copied logits. Here the last stage hands out its shard of
 the logits as they are, from which the engine and techniques make the loss, or what a `Head` makes of the
-hidden states in the place of logits. What was retrieved goes to the
-layers as their `context` (`retro.py`).
+hidden states in the place of logits. What was retrieved goes to the layers as their `context` (`retro.py`).
 
 Shapes: B sequences, C chunks of a sequence, K neighbours of a chunk, R their tokens.
 """
