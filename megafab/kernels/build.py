@@ -26,7 +26,7 @@ CSRC = Path(__file__).parent / "csrc"
 # Ampere, Hopper with its own instructions, Blackwell.
 TARGETS = ("80", "90a", "100")
 _NAME = "megafab_kernels"
-_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+_FLAGS = ("-O3", "-std=c++17")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def library(targets: Sequence[str]) -> Path:
     if not built.exists():
         from torch.utils import cpp_extension
 
-        out = built.parent
+        out = built.parent / "build"
         out.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("CUDA_HOME", str(tools.home))
         try:
@@ -127,6 +127,10 @@ def library(targets: Sequence[str]) -> Path:
                 build_directory=str(out),
                 is_python_module=False,
             )
+            # A link: it appears whole, and is the file that this process has loaded already.
+            linked = out / f"{os.getpid()}.so"
+            os.link(out / f"{_NAME}.so", linked)
+            linked.replace(built)
         except RuntimeError as error:
             log = out / "error.log"
             log.write_text(str(error))
@@ -150,8 +154,11 @@ def compile_all(out: Path, targets: Sequence[str] = TARGETS) -> list[Usage]:
         raise UserError("nvcc", "none", "the CUDA toolkit", "install it, and set CUDA_HOME to where it is")
     out.mkdir(parents=True, exist_ok=True)
 
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS  # what torch adds to ours
+
     def one(source: Path) -> list[Usage]:
-        command = [str(tools.nvcc), *_FLAGS, *_architectures(targets), "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+        command = [str(tools.nvcc), *COMMON_NVCC_FLAGS, *_FLAGS, *_architectures(targets)]
+        command += ["-Xptxas", "-v", "-Xcompiler", "-fPIC"]
         command += ["-c", str(source), "-o", str(out / f"{source.stem}.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -218,7 +225,8 @@ def main() -> None:
         print(
             f"{u.kernel:<{wide}}  {u.target:<7}  {u.registers:>9}  {u.shared:>6}  {u.stack:>5}  {u.spills:>6}"
         )
-    print(f"{len(usages)} kernels compile; to use them, install {lacking}")
+    count, targets = len(usages) // len(TARGETS), ", ".join(f"sm_{target}" for target in TARGETS)
+    print(f"{count} kernels compile for {targets}; to use them, install {lacking}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def direct(name: str, namespace: str) -> Callable[..., Any]:
     That wrapping, and a trip through torch's dispatcher to a reference in Python, cost several times what a
     small operator does.
     """
-    op, ops = OPS[name], _REFERENCES if namespace == REFERENCE else getattr(torch.ops, namespace)
+    op, ops = OPS[name], _Namespace(namespace)
     call = getattr(ops, name)
     if op.backward is None:
         return call
@@ -122,14 +122,16 @@ def direct(name: str, namespace: str) -> Callable[..., Any]:
     return Direct.apply
 
 
-class _References:
-    """The references as attributes, whenever they are defined."""
+class _Namespace:
+    """What computes the operators of a namespace, as attributes, whenever they are defined."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return OPS[name].reference
-
-
-_REFERENCES = _References()
+        if self._name == REFERENCE:
+            return OPS[name].reference
+        return getattr(getattr(torch.ops, self._name), name).default
 
 
 def replace(name: str, function: Callable[..., Any]) -> None:

@@ -8,9 +8,10 @@
   other bytes written before each, in GB/s of the bytes that have to cross memory, beside the bandwidth of a
   copy of 4 GiB (read and written) in the same process; and the peak of memory beyond what was there.
 - train: 20 steps with kernels and with the reference, in fp32 and bf16, whose losses must agree; then
-  tokens/s and MFU in bf16 of Llamas of 125M, 1B and six layers of 8B, in both engines, with kernels and with
-  the reference, and of transformers' same model, compiled, with Liger's kernels where they are installed.
-  Each in a process of its own, random tokens. FLOPs by `ModelShape.flops_per_token`: full attention.
+  tokens/s and MFU in bf16 of Llamas of 125M, 1B and six layers of 8B, in both engines, with kernels, with the
+  reference and with logits by chunks, and of transformers' same model, compiled, with Liger's kernels where
+  they are installed. Each in a process of its own, random tokens. FLOPs by `ModelShape.flops_per_token`: full
+  attention.
 
 `--rehearse` runs all of it but the build on a CPU, at sizes without meaning: to see that it runs.
 Peers are optional: pip install 'megafab[bench]'; apex is built from its repository.
@@ -198,7 +199,7 @@ def _line(entry: dict[str, Any]) -> str:
 def train(device: Device) -> dict[str, Any]:
     """Losses with and without kernels; speed of whole models."""
     same, speeds = [], []
-    choices = ("reference",) if device.rehearsal else ("auto", "reference")
+    choices = ("reference",) if device.rehearsal else ("cuda", "reference")
     extra = ("--rehearse",) if device.rehearsal else ()
     for precision, limit in SAME_LOSS.items():
         losses = [common.run(__file__, "--losses", k, precision, *extra) for k in choices]
@@ -206,7 +207,7 @@ def train(device: Device) -> dict[str, Any]:
         same.append({"precision": precision, "apart": apart, "limit": limit, "losses": losses[0]})
     for model in MODELS:
         for engine in ("megatron", "deepspeed"):
-            for kernels in choices:
+            for kernels in (*choices, f"{choices[0]} train.head_chunk=2048"):
                 found = common.run(__file__, "--speed", model, engine, kernels, *extra)
                 speeds.append({"model": model, "case": f"{engine}, {kernels}", **found})
                 print(speeds[-1], flush=True)
@@ -277,13 +278,13 @@ def _settings(model: str, rehearsal: bool) -> tuple[str, int, int, list[str]]:
 
 
 def speed(model: str, engine: str, kernels: str, *, rehearsal: bool) -> dict[str, Any]:
-    """Tokens a second and MFU of megafab."""
+    """Tokens a second and MFU of megafab; `kernels` is the choice, and settings after a space."""
     name, length, rows, more = _settings(model, rehearsal)
     step, shape, tokens = _run(
         [
             f"model={name}",
             f"engine={engine}",
-            f"kernels={kernels}",
+            *f"kernels={kernels}".split(),
             f"model.seq_len={length}",
             f"train.micro_batch={rows}",
             f"train.global_batch={rows}",
@@ -389,10 +390,16 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
             apart, limit = f"{same['apart']:.1e}", same["limit"]
             yield f"20 steps in {same['precision']}: losses at most {apart} apart, limit {limit}"
         rows = [
-            [s["model"], s["case"], s["tokens_per_second"], "" if s["mfu"] is None else f"{s['mfu']:.1%}"]
+            [
+                s["model"],
+                s["case"],
+                s["tokens_per_second"],
+                "" if s["mfu"] is None else f"{s['mfu']:.1%}",
+                f"{s['memory_peak'] / 2**30:.1f}",
+            ]
             for s in result["train"]["speeds"]
         ]
-        yield "\n" + common.markdown(["model", "case", "tokens/s", "MFU"], rows)
+        yield "\n" + common.markdown(["model", "case", "tokens/s", "MFU", "memory, GiB"], rows)
 
 
 def main() -> None:
