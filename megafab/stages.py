@@ -33,7 +33,7 @@ FINISHED, ORIGIN = "finished.json", "start.json"
 # A finished stage may have other values here: they change nothing of what it has computed.
 _HARMLESS = (
     *("train.log_every", "train.micro_batch", "train.recompute", "train.head_chunk", "train.max_skipped"),
-    "data.path",
+    *("kernels", "data.path"),
 )
 _HARMLESS_SECTIONS = ("eval", "engine", "resilience")
 

@@ -139,7 +139,7 @@ class Schedule:
 
     def _count_valid_tokens(self, batch: Batch) -> torch.Tensor:
         """Valid tokens of the step over all data ranks: a device scalar, no host sync."""
-        mine = (batch.loss_mask_BL != 0).sum().float().to(platform.device)
+        mine = (batch.loss_mask_BL != 0).sum().float().to(platform.device, non_blocking=True)
         if self._groups.mesh.data > 1:
             dist.all_reduce(mine, group=self._groups.data)
         return mine.clamp_(min=1.0)

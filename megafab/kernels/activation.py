@@ -98,7 +98,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, bias = ctx.saved_tensors
     grad_x = ops.activation_backward(grad.contiguous(), x, bias, ctx.kind)
-    return grad_x, None if bias is None else grad_x.flatten(0, -2).sum(0), None
+    asked = bias is not None and ctx.needs_input_grad[1]
+    return grad_x, grad_x.flatten(0, -2).sum(0) if asked else None, None
 
 
 define(

@@ -7,6 +7,7 @@ for every target and prints what the compiler says of its registers.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -112,35 +113,42 @@ def library(targets: Sequence[str]) -> Path:
     """
     built, tools = library_path(targets), toolchain()
     assert tools is not None
-    if not built.exists():
-        from torch.utils import cpp_extension
-
-        out = built.parent / "build"
-        out.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("CUDA_HOME", str(tools.home))
-        try:
-            cpp_extension.load(
-                _NAME,
-                [str(path) for path in sources()],
-                extra_cflags=["-O2"],
-                extra_cuda_cflags=[*_FLAGS, *_architectures(targets)],
-                build_directory=str(out),
-                is_python_module=False,
-            )
-            # A link: it appears whole, and is the file that this process has loaded already.
-            linked = out / f"{os.getpid()}.so"
-            os.link(out / f"{_NAME}.so", linked)
-            linked.replace(built)
-        except RuntimeError as error:
-            log = out / "error.log"
-            log.write_text(str(error))
-            raise UserError(
-                "kernels",
-                f"they do not compile with nvcc {tools.version} for torch {torch.__version__}: see {log}",
-                f"the CUDA toolkit that torch was built with, {torch.version.cuda}",
-                "install it, or set kernels=reference",
-            ) from error
+    built.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel lets go of it when this process ends, however it ends; torch's own lock would stay.
+    with (built.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            try:
+                _build(built, tools, targets)
+            except (RuntimeError, OSError) as error:
+                log = built.parent / "error.log"
+                log.write_text(str(error))
+                raise UserError(
+                    "kernels",
+                    f"they do not compile with nvcc {tools.version} for torch {torch.__version__}: see {log}",
+                    f"the CUDA toolkit that torch was built with, {torch.version.cuda}",
+                    "install it, or set kernels=reference",
+                ) from error
     return built
+
+
+def _build(built: Path, tools: Toolchain, targets: Sequence[str]) -> None:
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(tools.home)  # torch has looked for it at import, by other rules
+    out = built.parent / "build"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    cpp_extension.load(
+        _NAME,
+        [str(path) for path in sources()],
+        extra_cflags=["-O2"],
+        extra_cuda_cflags=[*_FLAGS, *_architectures(targets)],
+        build_directory=str(out),
+        is_python_module=False,
+    )
+    # A link: it appears whole, and is the file that this process has loaded already.
+    os.link(out / f"{_NAME}.so", built)
 
 
 def compile_all(out: Path, targets: Sequence[str] = TARGETS) -> list[Usage]:

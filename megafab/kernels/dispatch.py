@@ -76,7 +76,13 @@ def _load(message: Callable[[str], None]) -> None:
     targets = [build.target_of_device()]
     if not build.library_path(targets).exists():
         message(f"kernels: compiling for sm_{targets[0]}, once for this machine: about two minutes")
-    torch.ops.load_library(str(build.library(targets)))
+    library = build.library(targets)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        found = f"a library that does not load: {str(error).splitlines()[0]}"
+        expected = "one that this torch can use"
+        raise UserError(str(library), found, expected, "delete it, or set kernels=reference") from error
 
 
 def _apex() -> Mapping[str, Callable[..., Any]]:

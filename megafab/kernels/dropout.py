@@ -88,7 +88,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (seed,) = ctx.saved_tensors
     grad_x = grad if seed is None else ops.dropout_backward(grad.contiguous(), ctx.p, seed)
-    return grad_x, grad_x.flatten(0, -2).sum(0) if ctx.has_bias else None, grad, None, None
+    asked = ctx.has_bias and ctx.needs_input_grad[1]
+    return grad_x, grad_x.flatten(0, -2).sum(0) if asked else None, grad, None, None
 
 
 define(

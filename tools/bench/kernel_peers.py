@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from megafab.kernels.rope import rope_table, rotate_both_
 from megafab.kernels.softmax import masked_softmax
 
 EPS = 1e-5
+# Backward of a compiled function is timed over and over, so it must not eat what forward kept.
+torch._functorch.config.donated_buffer = False
 Run = Callable[[], object]
 
 

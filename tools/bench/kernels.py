@@ -1,6 +1,7 @@
 """The kernels on a GPU: built, checked against float64, timed beside their peers, and in whole models.
 
-    python tools/bench/kernels.py [--parts build,check,time,train] [--out FILE] [--rehearse]
+    python tools/bench/kernels.py [--parts build,check,time,train] [--models NAMES] [--engines NAMES]
+        [--out FILE] [--rehearse]
 
 - build: compiles the library for this GPU.
 - check: every case of `kernel_cases.py` in fp32, bf16 and fp16 against the reference in float64 on the CPU.
@@ -25,6 +26,7 @@ import gc
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +34,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # megafab, where it is not installed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
 
 ROUNDS = 50
 SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-3}  # nats, over 20 steps
@@ -42,13 +44,16 @@ SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-3}  # nats, over 20 steps
 MODELS = {
     "125M": ("llama_125m", 1024, 32, ()),
     "1B": ("llama_1b", 2048, 8, ()),
-    "8B, 6 layers": ("llama_8b", 4096, 4, ("model.layers=6",)),
+    "8B with 6 layers": ("llama_8b", 4096, 4, ("model.layers=6",)),
 }
 GOALS = {
     "125M": {"tokens_per_second": 460_000},
     "1B": {"tokens_per_second": 45_000},
-    "8B, 6 layers": {"mfu": 0.5},
+    "8B with 6 layers": {"mfu": 0.5},
 }
+
+
+Save = Callable[[dict[str, Any]], None]  # writes what a part has found so far: a run may be cut off
 
 
 class Device:
@@ -76,7 +81,7 @@ class Device:
         for _ in range(self._rounds):
             self._other.zero_()
             # The device waits until the run is queued, so that no launch is timed from the host.
-            torch.cuda._sleep(2_000_000)
+            torch.cuda._sleep(20_000_000)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
@@ -129,9 +134,10 @@ def _wall(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def build_library() -> dict[str, Any]:
+def build_library(device: Device, save: Save) -> dict[str, Any]:
     """Seconds to compile the library, or to find it."""
-    from megafab.kernels import build
+    from megafab.kernels import build, dispatch
+    from megafab.kernels.config import Kernels
 
     lacking = build.missing()
     if lacking is not None:
@@ -139,11 +145,11 @@ def build_library() -> dict[str, Any]:
     targets = [build.target_of_device()]
     found = build.library_path(targets).exists()
     begin = time.perf_counter()
-    build.library(targets)
+    dispatch.set_up(Kernels.cuda)
     return {"target": targets[0], "already_built": found, "seconds": round(time.perf_counter() - begin, 1)}
 
 
-def check(device: Device) -> dict[str, Any]:
+def check(device: Device, save: Save) -> dict[str, Any]:
     """The largest error of each operator and type, in multiples of its tolerance."""
     import kernel_cases
 
@@ -164,7 +170,7 @@ def check(device: Device) -> dict[str, Any]:
     return {"cases": len(kernel_cases.CASES), "wrong": wrong, "worst": worst}
 
 
-def times(device: Device) -> dict[str, Any]:
+def times(device: Device, save: Save) -> dict[str, Any]:
     """Every make of every subject."""
     import kernel_peers
     import torch
@@ -174,48 +180,70 @@ def times(device: Device) -> dict[str, Any]:
     found = []
     for subject in kernel_peers.subjects(sizes):
         for timing in subject():
-            makes = {}
-            for make, run in timing.runs.items():
-                seconds = device.seconds(run)
-                makes[make] = {
-                    "ms": seconds * 1e3,
-                    "gb_per_second": timing.bytes / seconds / 1e9,
-                    "of_copy": timing.bytes / seconds / copy,
-                    "memory_peak": device.peak(run),
-                }
+            makes = {make: _timed(device, timing.bytes, run, copy) for make, run in timing.runs.items()}
             entry = {"name": timing.name, "bytes": timing.bytes, "goal": timing.goal, "makes": makes}
             found.append({**entry, "floor_ms": timing.bytes / copy * 1e3})
             print(_line(found[-1]), flush=True)
+            save({"copy_gb_per_second": copy / 1e9, "timings": found})
         gc.collect()
         torch._dynamo.reset()
+    if not device.rehearsal:
+        torch.cuda.empty_cache()
     return {"copy_gb_per_second": copy / 1e9, "timings": found}
 
 
+def _timed(device: Device, size: int, run: Callable[[], object], copy: float) -> dict[str, Any]:
+    """The numbers of one make, or why it gave none: a peer's failure is no reason to lose the rest."""
+    try:
+        seconds = device.seconds(run)
+        return {
+            "ms": seconds * 1e3,
+            "gb_per_second": size / seconds / 1e9,
+            "of_copy": size / seconds / copy,
+            "memory_peak": device.peak(run),
+        }
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _ms(found: dict[str, Any]) -> str:
+    return f"{found['ms']:.3f}" if "ms" in found else "failed"
+
+
 def _line(entry: dict[str, Any]) -> str:
-    makes = ", ".join(f"{make} {found['ms']:.3f}" for make, found in entry["makes"].items())
+    makes = ", ".join(f"{make} {_ms(found)}" for make, found in entry["makes"].items())
     return f"{entry['name']}: floor {entry['floor_ms']:.3f} ms; {makes}"
 
 
-def train(device: Device) -> dict[str, Any]:
+def train(device: Device, save: Save, models: list[str], engines: list[str]) -> dict[str, Any]:
     """Losses with and without kernels; speed of whole models."""
-    same, speeds = [], []
     choices = ("reference",) if device.rehearsal else ("cuda", "reference")
     extra = ("--rehearse",) if device.rehearsal else ()
+    same: list[dict[str, Any]] = []
+    speeds: list[dict[str, Any]] = []
+    result = {"same_losses": same, "speeds": speeds, "goals": GOALS}
     for precision, limit in SAME_LOSS.items():
         losses = [common.run(__file__, "--losses", k, precision, *extra) for k in choices]
         apart = max(abs(a - b) for a, b in zip(losses[0], losses[-1], strict=True))
         same.append({"precision": precision, "apart": apart, "limit": limit, "losses": losses[0]})
-    for model in MODELS:
-        for engine in ("megatron", "deepspeed"):
-            for kernels in (*choices, f"{choices[0]} train.head_chunk=2048"):
-                found = common.run(__file__, "--speed", model, engine, kernels, *extra)
-                speeds.append({"model": model, "case": f"{engine}, {kernels}", **found})
-                print(speeds[-1], flush=True)
+        save(result)
+    for model in models:
+        cases: list[tuple[str, tuple[str, ...]]] = [
+            (f"{engine}, {kernels}", ("--speed", model, engine, kernels))
+            for engine in engines
+            for kernels in (*choices, f"{choices[0]} train.head_chunk={8 if device.rehearsal else 2048}")
+        ]
         if importlib.util.find_spec("transformers") is not None:
-            found = common.run(__file__, "--peer", model, *extra)
-            speeds.append({"model": model, "case": "transformers", **found})
+            cases.append(("transformers", ("--peer", model)))
+        for case, arguments in cases:
+            try:
+                found = common.run(__file__, *arguments, *extra)
+            except subprocess.CalledProcessError as error:  # said on stderr; the others go on
+                found = {"error": f"exit code {error.returncode}"}
+            speeds.append({"model": model, "case": case, **found})
             print(speeds[-1], flush=True)
-    return {"same_losses": same, "speeds": speeds, "goals": GOALS}
+            save(result)
+    return result
 
 
 def _run(settings: list[str]) -> tuple[Callable[[int], float], Any, int]:
@@ -380,26 +408,28 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
         for entry in timings:
             own = entry["makes"]["megafab"]
             goal = "" if entry["goal"] is None else f"{entry['goal']:.0%}"
-            found = [f"{entry['makes'][m]['ms']:.3f}" if m in entry["makes"] else "" for m in makes]
-            share = [f"{own['gb_per_second']:.0f}", f"{own['of_copy']:.0%}", goal]
-            rows.append([entry["name"], f"{entry['floor_ms']:.3f}", *found, *share])
+            found = [_ms(entry["makes"][m]) if m in entry["makes"] else "" for m in makes]
+            share = (
+                ["", "", goal]
+                if "error" in own
+                else [f"{own['gb_per_second']:.0f}", f"{own['of_copy']:.0%}", goal]
+            )
+            rows.append([entry["name"], f"{entry['floor_ms']:.3f}", *found, *share, goal])
         yield common.markdown(["operator", "floor", *makes, "GB/s", "of copy", "goal"], rows)
     if "train" in result:
         yield ""
         for same in result["train"]["same_losses"]:
             apart, limit = f"{same['apart']:.1e}", same["limit"]
             yield f"20 steps in {same['precision']}: losses at most {apart} apart, limit {limit}"
-        rows = [
-            [
-                s["model"],
-                s["case"],
-                s["tokens_per_second"],
-                "" if s["mfu"] is None else f"{s['mfu']:.1%}",
-                f"{s['memory_peak'] / 2**30:.1f}",
-            ]
-            for s in result["train"]["speeds"]
-        ]
+        rows = [[s["model"], s["case"], *_speed_cells(s)] for s in result["train"]["speeds"]]
         yield "\n" + common.markdown(["model", "case", "tokens/s", "MFU", "memory, GiB"], rows)
+
+
+def _speed_cells(found: dict[str, Any]) -> list[Any]:
+    if "error" in found:
+        return [found["error"], "", ""]
+    mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    return [f"{found['tokens_per_second']:,}", mfu, f"{found['memory_peak'] / 2**30:.1f}"]
 
 
 def main() -> None:
@@ -407,6 +437,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", default="build,check,time,train")
     parser.add_argument("--out", type=Path, help="default: results/kernels-DEVICE.json beside this file")
+    parser.add_argument("--models", default=",".join(MODELS), help="of train")
+    parser.add_argument("--engines", default="megatron,deepspeed", help="of train")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--losses", nargs=2, metavar=("KERNELS", "PRECISION"), help="here, to stdout")
     parser.add_argument("--speed", nargs=3, metavar=("MODEL", "ENGINE", "KERNELS"), help="here, to stdout")
@@ -427,27 +459,29 @@ def _all(options: argparse.Namespace) -> None:
 
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("no GPU that torch can use: nothing can be timed here; --rehearse shows that this runs")
-    from megafab.kernels import dispatch
-    from megafab.kernels.config import Kernels
-
     device = Device(rehearsal=options.rehearse)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": device.facts()}
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "build": build_library,
-        "check": functools.partial(check, device),
-        "time": functools.partial(times, device),
-        "train": functools.partial(train, device),
-    }
-    if options.rehearse:
-        del parts["build"]
-    else:
-        dispatch.set_up(Kernels.cuda, print)
     name = result["machine"].get("gpu", "rehearsal").lower().replace(" ", "-")
     out = options.out or common.RESULTS / f"kernels-{name}.json"
-    for part in options.parts.split(","):
-        if part in parts:
-            result[part] = parts[part]()
+    models, engines = options.models.split(","), options.engines.split(",")
+    parts: dict[str, Callable[[Device, Save], dict[str, Any]]] = {
+        "build": build_library,
+        "check": check,
+        "time": times,
+        "train": functools.partial(train, models=models, engines=engines),
+    }
+    wanted = options.parts.split(",")
+    if unknown := set(wanted) - set(parts):
+        sys.exit(f"--parts: found {', '.join(sorted(unknown))}, expected of {', '.join(parts)}")
+    if not options.rehearse:
+        wanted = ["build", *(part for part in wanted if part != "build")]
+    for part in (part for part in wanted if part != "build" or not options.rehearse):
+
+        def save(found: dict[str, Any], part: str = part) -> None:
+            result[part] = found
             common.save(result, out)
+
+        save(parts[part](device, save))
     print("\n".join(tables(result)))
     if result.get("check", {}).get("wrong") or any(
         not same["apart"] <= same["limit"] for same in result.get("train", {}).get("same_losses", ())

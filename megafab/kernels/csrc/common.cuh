@@ -9,8 +9,11 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef MEGAFAB_EMULATE
 #include "emulator.h"
@@ -114,6 +117,11 @@ __device__ __forceinline__ float over_row(float value, int threads, float* scrat
 
 #ifdef MEGAFAB_EMULATE
 inline int multiprocessors() { return emulator::kMultiprocessors; }
+
+template <typename K>
+int resident_blocks(K*, int) {
+  return emulator::kMultiprocessors;
+}
 #else
 inline void check(cudaError_t error, const char* where) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(where) + ": " + cudaGetErrorString(error));
@@ -124,6 +132,20 @@ inline int multiprocessors() {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   return count;
+}
+
+// How many blocks of so many threads the device runs at once, by the registers they take.
+template <typename K>
+int resident_blocks(K* kernel, int threads) {
+  static std::mutex lock;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> guard(lock);
+  int& blocks = known[{reinterpret_cast<const void*>(kernel), threads}];
+  if (blocks == 0) {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "occupancy");
+    blocks *= multiprocessors();
+  }
+  return blocks;
 }
 #endif
 

@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_of(CrossEntropy call) {
 
   const float expected = *call.expected, slope = expected / total;
   if (threadIdx.x == 0) call.nll[row] = logf(total) + (peak - target);
+  __syncthreads();  // the label's logit, which others write over, has been read
   T* out = static_cast<T*>(call.gradient) + row * columns;
   const auto differentiate = [&](Vec<T, N>& value, int at) {
 #pragma unroll

@@ -141,20 +141,34 @@ __global__ void __launch_bounds__(K > 0 ? kBackwardThreads : kMaxThreads) backwa
     });
   }
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const T* grads = static_cast<const T*>(call.grad);
+  const T* xs = static_cast<const T*>(call.x);
+  // The next row is on its way while this one is summed, where registers last.
+  constexpr bool kAhead = K == 1 || K == 2;
+  Vec<T, N> next_grad[kKept], next_x[kKept];
+  const auto fetch = [&](int64_t row) {
+    if (row >= call.rows) return;
+    for_columns<N, K>(columns, [&](int piece, int column) {
+      next_grad[piece] = load<N>(grads + row * columns + column);
+      next_x[piece] = load<N>(xs + row * columns + column);
+    });
+  };
+  if constexpr (kAhead) fetch(static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
   int turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < call.rows; first += stride) {
     const int64_t row = first + threadIdx.y;
     const bool active = row < call.rows;
     const int64_t start = active ? row * columns : 0;
-    const T* grad = static_cast<const T*>(call.grad) + start;
-    const T* x = static_cast<const T*>(call.x) + start;
+    const T* grad = grads + start;
+    const T* x = xs + start;
     const float rstd = active ? call.rstd[row] : 0.0f;
     const float mean = kCentred && active ? call.mean[row] : 0.0f;
     Vec<T, N> kept_grad[kKept], kept_x[kKept];
     float along = 0.0f, offset = 0.0f;
     if (active) {
       for_columns<N, K>(columns, [&](int piece, int column) {
-        const Vec<T, N> g = load<N>(grad + column), value = load<N>(x + column);
+        const Vec<T, N> g = kAhead ? next_grad[piece] : load<N>(grad + column);
+        const Vec<T, N> value = kAhead ? next_x[piece] : load<N>(x + column);
         const Vec<T, N> scale = load<N>(weight + column);
         if constexpr (K > 0) {
           kept_grad[piece] = g;
@@ -176,6 +190,7 @@ __global__ void __launch_bounds__(K > 0 ? kBackwardThreads : kMaxThreads) backwa
         }
       });
     }
+    if constexpr (kAhead) fetch(row + stride);
     // Two rows in turn, so that no thread writes over what another still reads.
     along = over_row(along, threads, scratch[turn], Sum()) / columns;
     if constexpr (kCentred) offset = over_row(offset, threads, scratch[2 + turn], Sum()) / columns;
@@ -244,11 +259,20 @@ Geometry backward_geometry(int columns, bool wide, bool centred) {
   return {kBackwardThreads, 1, !centred && vectors <= 4 * kBackwardThreads ? 4 : 0};
 }
 
-int blocks(const Geometry& g, int64_t rows) {
-  // As many as run at once, each with rows enough to pay for its sums.
-  const int each = g.threads * g.rows;
-  const int64_t resident = static_cast<int64_t>(multiprocessors()) * (each >= kMaxThreads ? 1 : kMaxThreads / each);
-  const int64_t needed = ceil_div(rows, g.rows);
+template <typename T>
+auto backward_kernel(const Geometry& g, bool wide, bool centred) {
+  constexpr int N = kPer16Bytes<T>;
+  return !wide            ? (centred ? backward<T, 1, 0, true> : backward<T, 1, 0, false>)
+         : g.pieces == 1 ? (centred ? backward<T, N, 1, true> : backward<T, N, 1, false>)
+         : g.pieces == 2 ? (centred ? backward<T, N, 2, true> : backward<T, N, 2, false>)
+         : g.pieces == 4 ? backward<T, N, 4, false>
+                         : (centred ? backward<T, N, 0, true> : backward<T, N, 0, false>);
+}
+
+// As many as run at once, so that each has rows enough to pay for its sums.
+template <typename K>
+int blocks(K* kernel, const Geometry& g, int64_t rows) {
+  const int64_t resident = resident_blocks(kernel, g.threads * g.rows), needed = ceil_div(rows, g.rows);
   return static_cast<int>(needed < resident ? needed : resident);
 }
 
@@ -278,7 +302,7 @@ int norm_groups(Type type, int64_t rows, int columns, bool centred) {
     for (const bool wide : {true, false}) {  // the larger: which it is depends on the pointers
       if (wide && columns % kPer16Bytes<T>) continue;
       const Geometry g = backward_geometry<T>(columns, wide, centred);
-      const int found = blocks(g, rows) * g.rows;
+      const int found = blocks(backward_kernel<T>(g, wide, centred), g, rows) * g.rows;
       groups = found > groups ? found : groups;
     }
   });
@@ -288,17 +312,12 @@ int norm_groups(Type type, int64_t rows, int columns, bool centred) {
 void norm_backward(const NormBackward& call, Stream stream) {
   by_type(call.type, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = kPer16Bytes<T>;
     const bool wide =
         in_16_bytes<T>(call.columns, call.grad, call.grad_sum, call.x, call.weight, call.grad_x);
     const bool centred = call.grad_bias != nullptr;
     const Geometry g = backward_geometry<T>(call.columns, wide, centred);
-    const int count = blocks(g, call.rows);
-    auto kernel = !wide            ? (centred ? backward<T, 1, 0, true> : backward<T, 1, 0, false>)
-                  : g.pieces == 1 ? (centred ? backward<T, N, 1, true> : backward<T, N, 1, false>)
-                  : g.pieces == 2 ? (centred ? backward<T, N, 2, true> : backward<T, N, 2, false>)
-                  : g.pieces == 4 ? backward<T, N, 4, false>
-                                  : (centred ? backward<T, N, 0, true> : backward<T, N, 0, false>);
+    const auto kernel = backward_kernel<T>(g, wide, centred);
+    const int count = blocks(kernel, g, call.rows);
     launch(kernel, dim3(count), dim3(g.threads, g.rows), 0, stream, call);
     const dim3 grid(static_cast<unsigned>(ceil_div(call.columns, kWarp))), block(kWarp, kWarp);
     const int groups = count * g.rows;

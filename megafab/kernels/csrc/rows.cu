@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) put(PutRows call, int columns) {
 template <typename F, typename... P>
 void by_piece(int64_t bytes, F run, const P*... pointers) {
   if (in_16_bytes<char>(bytes, pointers...)) return run(Vec<uint32_t, 4>());
-  if (bytes % 4 == 0) return run(uint32_t());
+  if (bytes % 4 == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 4 == 0) && ...)) return run(uint32_t());
   run(uint16_t());
 }
 
