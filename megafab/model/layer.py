@@ -15,7 +15,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch.distributed import ProcessGroup
 
 from megafab.kernels.dropout import bias_dropout_add
 from megafab.model.activation import ActivationUnit
@@ -60,7 +59,7 @@ class Layer(TransformerLayer):
 class FeedForward(MLP):
     """Core's feed-forward layer with the bias of its first product in the activation."""
 
-    def __init__(self, config: TransformerConfig, tp_group: ProcessGroup | None = None) -> None:
+    def __init__(self, config: TransformerConfig, tp_group: Any = None) -> None:
         parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         super().__init__(config, parts, tp_group=tp_group)
         self.activation_func = ActivationUnit(config)

@@ -434,7 +434,7 @@ def save_while_the_disk_writes(rank, world, directory, fails):
     def fdatasync(descriptor):
         nonlocal calls
         calls += 1
-        if calls == 3 and fails:
+        if fails:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         send(descriptor)
 
@@ -445,7 +445,7 @@ def save_while_the_disk_writes(rank, world, directory, fails):
 
 def test_what_goes_wrong_while_a_file_is_written_is_told(ranks, tmp_path):
     (calls,) = ranks.run(save_while_the_disk_writes, str(tmp_path / "a"), False)
-    assert calls > 3
+    assert calls  # how many: as many as the disk is in time for
     assert store.verify(tmp_path / "a" / "step_00000001") == {}
     with pytest.raises(UserError, match=r"found Input/output error \(rank 0\)"):
         ranks.run(save_while_the_disk_writes, str(tmp_path / "b"), True)

@@ -287,7 +287,7 @@ def is_alive(pid: int) -> bool:
 
 def start_build(root: Path) -> tuple[subprocess.Popen[str], list[str]]:
     """A build in its own process, with two workers, that has finished a piece and has more to do."""
-    source = big_source(root / "a.jsonl", 17)
+    source = big_source(root / "a.jsonl", 33)
     overrides = [f"sources={{a:{source}}}", f"out={root}/out"]
     command = [sys.executable, "-m", "launch.cli", "data", *overrides, "tokenizer.vocab=320", "workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -409,11 +409,9 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
             own = entry["makes"]["megafab"]
             goal = "" if entry["goal"] is None else f"{entry['goal']:.0%}"
             found = [_ms(entry["makes"][m]) if m in entry["makes"] else "" for m in makes]
-            share = (
-                ["", "", goal]
-                if "error" in own
-                else [f"{own['gb_per_second']:.0f}", f"{own['of_copy']:.0%}", goal]
-            )
+            share = ["", ""]
+            if "ms" in own:
+                share = [f"{own['gb_per_second']:.0f}", f"{own['of_copy']:.0%}"]
             rows.append([entry["name"], f"{entry['floor_ms']:.3f}", *found, *share, goal])
         yield common.markdown(["operator", "floor", *makes, "GB/s", "of copy", "goal"], rows)
     if "train" in result:
