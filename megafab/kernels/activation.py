@@ -30,6 +30,21 @@ def activate(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return chosen("activation")(*dense(x, bias), kind)
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+# Of a gated unit the function of its first half.
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+
+
 # ---- reference ---------------------------------------------------------------------------------------------
 
 
@@ -41,13 +56,6 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, x, 0)
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-}
 _GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "relu": _relu_backward,
@@ -61,9 +69,9 @@ def _activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     if bias is not None:
         x = x + bias
     if kind not in GATED:
-        return _FUNCTIONS[kind](x)
+        return FUNCTIONS[kind](x)
     gate, linear = x.chunk(2, dim=-1)
-    return _FUNCTIONS[kind](gate).mul_(linear)
+    return FUNCTIONS[kind](gate).mul_(linear)
 
 
 def _activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -74,7 +82,7 @@ def _activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str
     gate, linear = x.chunk(2, dim=-1)
     grad_x = torch.empty_like(x)
     grad_gate, grad_linear = grad_x.chunk(2, dim=-1)
-    torch.mul(_FUNCTIONS[kind](gate), grad, out=grad_linear)
+    torch.mul(FUNCTIONS[kind](gate), grad, out=grad_linear)
     _GRADIENTS[kind](grad * linear, gate, grad_input=grad_gate)
     return grad_x
 

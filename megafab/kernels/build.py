@@ -14,9 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,15 +32,21 @@ _FLAGS = ("-O3", "-std=c++17")
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """CUDA's compiler: where CUDA is, and the version of nvcc."""
+    """CUDA's compiler, by where CUDA is."""
 
     home: Path
-    version: str
 
     @property
     def nvcc(self) -> Path:
         """The compiler."""
         return self.home / "bin" / "nvcc"
+
+    @property
+    def version(self) -> str:
+        """Of nvcc, which is asked."""
+        said = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release ([\d.]+)", said)
+        return version[1] if version else "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,7 @@ def toolchain() -> Toolchain | None:
     for home in (Path(home) for home in homes if home):
         # nvcc on PATH may be a script that starts another.
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
-            said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-            version = re.search(r"release ([\d.]+)", said)
-            return Toolchain(home, version[1] if version else "unknown")
+            return Toolchain(home)
     return None
 
 
@@ -105,14 +109,21 @@ def library_path(targets: Sequence[str]) -> Path:
     return _cache() / hashlib.sha256(told.encode() + code).hexdigest()[:16] / f"{_NAME}.so"
 
 
-def library(targets: Sequence[str]) -> Path:
+def library(targets: Sequence[str], message: Callable[[str], None]) -> Path:
     """The kernels as a library for this torch, built if it is not there yet; one process does, others wait.
+
+    Args:
+        targets: what they are for.
+        message: told one line where it is to be built.
 
     Raises:
         UserError: it does not compile.
     """
     built, tools = library_path(targets), toolchain()
     assert tools is not None
+    if built.exists():
+        return built
+    message(f"kernels: compiling for sm_{', sm_'.join(targets)}, once for this machine: about two minutes")
     built.parent.mkdir(parents=True, exist_ok=True)
     # The kernel lets go of it when this process ends, however it ends; torch's own lock would stay.
     with (built.parent / "lock").open("w") as lock:
@@ -214,8 +225,8 @@ def _demangled(usages: list[Usage]) -> list[Usage]:
     said = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
     plain = (name.replace("(anonymous namespace)::", "").partition("(")[0] for name in said.splitlines())
     return [
-        Usage(name.replace("void megafab::", ""), u.target, u.registers, u.shared, u.stack, u.spills)
-        for name, u in zip(plain, usages, strict=True)
+        replace(usage, kernel=name.replace("void megafab::", ""))
+        for name, usage in zip(plain, usages, strict=True)
     ]
 
 
@@ -224,7 +235,7 @@ def main() -> None:
     lacking = missing()
     if lacking is None:
         targets = [target_of_device()] if torch.cuda.is_available() else TARGETS
-        print(library(targets))
+        print(library(targets, print))
         return
     usages = compile_all(_cache() / "objects")
     wide = max(len(usage.kernel) for usage in usages)

@@ -73,10 +73,7 @@ def set_up(kernels: Kernels, message: Callable[[str], None] = lambda text: None)
 
 
 def _load(message: Callable[[str], None]) -> None:
-    targets = [build.target_of_device()]
-    if not build.library_path(targets).exists():
-        message(f"kernels: compiling for sm_{targets[0]}, once for this machine: about two minutes")
-    library = build.library(targets)
+    library = build.library([build.target_of_device()], message)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

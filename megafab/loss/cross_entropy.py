@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafab.kernels.cross_entropy import gradient_, nll_and_gradient_, scale_rows_, statistics
+from megafab.kernels.ops import dense
 
 
 class TokenLosses(NamedTuple):
@@ -87,15 +88,16 @@ class _Losses(torch.autograd.Function):
     def backward(ctx, nll_N: Tensor | None, log_z_N: Tensor | None, mean_N: Tensor | None):
         logits_NV, labels_N, peak_N, total_N = ctx.saved_tensors
         logits_NV = logits_NV.detach()
+        nll_N, log_z_N, mean_N = dense(nll_N, log_z_N, mean_N)
         gradient_(
             logits_NV,
             labels_N,
             ctx.first,
             peak_N,
             total_N,
-            nll=dense(nll_N),
-            log_z=dense(log_z_N),
-            mean=dense(mean_N),
+            nll=nll_N,
+            log_z=log_z_N,
+            mean=mean_N,
             vocabulary=ctx.vocabulary,
         )
         return logits_NV, None, None
@@ -128,8 +130,3 @@ def joined(
     log_N = total_N.log()
     # The target comes off the peak, since peak + log(total) has lost digits where logits are large.
     return peak_N, total_N, log_N + (peak_N - target_N), peak_N + log_N, sum_N / vocabulary
-
-
-def dense(value: Tensor | None) -> Tensor | None:
-    """The values in one piece."""
-    return None if value is None else value.contiguous()

@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megafab.kernels.activation import activate
-from megafab.model.config import Activation
-
-
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0)^2 (So et al. 2021)."""
-    return F.relu(x).square()
-
-
-# What core's configuration is told, from which it takes the widths; it calls `ActivationUnit` instead.
-FUNCTIONS = {
-    Activation.gelu: F.gelu,
-    Activation.relu: F.relu,
-    Activation.squared_relu: squared_relu,
-    Activation.swiglu: F.silu,
-    Activation.geglu: F.gelu,
-}
+from megafab.kernels.activation import FUNCTIONS, GATED, activate
 
 
 class ActivationUnit(torch.nn.Module):
@@ -30,11 +13,10 @@ class ActivationUnit(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        gated = (Activation.swiglu, Activation.geglu)
         (self.kind,) = (
-            kind.value
+            kind
             for kind, function in FUNCTIONS.items()
-            if function is config.activation_func and (kind in gated) is config.gated_linear_unit
+            if function is config.activation_func and (kind in GATED) is config.gated_linear_unit
         )
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

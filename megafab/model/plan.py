@@ -26,7 +26,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megafab.model.activation import FUNCTIONS, ActivationUnit
+from megafab.kernels.activation import FUNCTIONS
+from megafab.model.activation import ActivationUnit
 from megafab.model.attention import CoreAttention, RopeSelfAttention
 from megafab.model.config import ModelConfig, Norm, Position
 from megafab.model.gpt import GPT
@@ -186,7 +187,7 @@ def _transformer_config(
         ffn_hidden_size=shape.ffn,
         normalization="LayerNorm" if config.norm is Norm.layernorm else "RMSNorm",
         layernorm_epsilon=config.norm_eps,
-        activation_func=FUNCTIONS[config.activation],
+        activation_func=FUNCTIONS[config.activation.value],
         gated_linear_unit=shape.gated,
         # Core's name for an activation from the spec, which it takes for few: that of gated experts.
         use_te_activation_func=shape.gated,

@@ -75,14 +75,15 @@ def facts() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 1) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "megatron_core": _version("megatron-core"),
+        "python": platform.pythonversion(),
+        "torch": version("torch"),
+        "megatron_core": version("megatron-core"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,6 @@ Peers are optional: pip install 'megafab[bench]'.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -284,7 +283,7 @@ def main() -> None:
         "command": f"python tools/bench/peers.py --rounds={options.rounds} --seconds={options.seconds}",
         "model": common.TINY_TEXT,
         "machine": common.facts(),
-        "versions": {p: _version(p) for p in ("litgpt", "transformers", "accelerate")},
+        "versions": {p: common.version(p) for p in ("litgpt", "transformers", "accelerate")},
         "cases": [_case(*key, best) for key, best in rounds.items()],
     }
     common.save(result, options.out)
@@ -302,13 +301,6 @@ def _case(name: str, precision: str, threads: int, rounds: Sequence[common.Clock
         "tokens_per_cpu_second": round(tokens / min(cpu)),
         "by_round": [round(tokens / seconds) for seconds in wall],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def report(result: dict[str, Any]) -> str:

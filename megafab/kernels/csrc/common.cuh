@@ -77,6 +77,21 @@ bool in_16_bytes(int64_t columns, const P*... pointers) {
   return aligned;
 }
 
+// Calls `body(piece, column)` for the columns of this thread in its row, N at a time: K pieces of which it can
+// keep something, or as many as there are, all numbered 0, where K is 0.
+template <int N, int K, typename F>
+__device__ __forceinline__ void for_columns(int columns, F body) {
+  if constexpr (K > 0) {
+#pragma unroll
+    for (int piece = 0; piece < K; ++piece) {
+      const int column = (piece * blockDim.x + threadIdx.x) * N;
+      if (column < columns) body(piece, column);
+    }
+  } else {
+    for (int column = threadIdx.x * N; column < columns; column += blockDim.x * N) body(0, column);
+  }
+}
+
 // ---- sums over threads -------------------------------------------------------------------------------------
 
 struct Sum {

@@ -27,20 +27,6 @@ Geometry geometry(int64_t vectors, bool wide, int pieces) {
   return {threads, rows, each > pieces ? 0 : each > 2 ? 4 : each > 1 ? 2 : 1};
 }
 
-// Calls `body(piece, column)` for the columns of this thread, N at a time.
-template <int N, int K, typename F>
-__device__ __forceinline__ void for_columns(int columns, F body) {
-  if constexpr (K > 0) {
-#pragma unroll
-    for (int piece = 0; piece < K; ++piece) {
-      const int column = (piece * blockDim.x + threadIdx.x) * N;
-      if (column < columns) body(piece, column);
-    }
-  } else {
-    for (int column = threadIdx.x * N; column < columns; column += blockDim.x * N) body(0, column);
-  }
-}
-
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kMaxThreads) forward(Norm call) {
   __shared__ float scratch[2][kWarp];

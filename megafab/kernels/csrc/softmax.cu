@@ -9,19 +9,6 @@ namespace {
 constexpr int kPieces = 4;
 constexpr int kThreads = 512;
 
-template <int N, int K, typename F>
-__device__ __forceinline__ void for_columns(int columns, F body) {
-  if constexpr (K > 0) {
-#pragma unroll
-    for (int piece = 0; piece < K; ++piece) {
-      const int column = (piece * blockDim.x + threadIdx.x) * N;
-      if (column < columns) body(piece, column);
-    }
-  } else {
-    for (int column = threadIdx.x * N; column < columns; column += blockDim.x * N) body(0, column);
-  }
-}
-
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kThreads) forward(Softmax call) {
   __shared__ float scratch[2][kWarp];
