@@ -87,16 +87,22 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return run(argv)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR
+        return _told(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where, fix = str(error.filename or "output"), "free space and run the same command again"
-        print(UserError(where, os.strerror(error.errno), "room to write", fix), file=sys.stderr)
-        return USER_ERROR
+        return _told(UserError(where, os.strerror(error.errno), "room to write", fix))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _told(error: UserError) -> int:
+    from launch.job import refuse
+
+    print(error, file=sys.stderr)
+    refuse(str(error))
+    return USER_ERROR
 
 
 def _run(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from launch import ranks as local
+from launch.job import time_limit
 from launch.operation import operate
 from megafab import stages as staged
 from megafab.config import load, rules
@@ -23,6 +24,7 @@ from megafab.config import stages as declared
 from megafab.config.schema import RunConfig
 from megafab.config.stages import Stage
 from megafab.errors import ConfigError
+from megafab.resilience.signals import Received
 
 _STAGE = "stage="
 _COMMAND = (sys.executable, "-m", "launch.cli", "train")
@@ -109,7 +111,12 @@ def _make_run_directory(path: Path) -> None:
 
 
 def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> int:
-    """One rank of the job. Heavy imports come after every check."""
+    """One rank of the job. Heavy imports come after every check, and once signals are noted."""
+    with Received() as received:
+        return _train_noting(config, rank, local_rank, ranks, received)
+
+
+def _train_noting(config: RunConfig, rank: int, local_rank: int, ranks: int, received: Received) -> int:
     if config.launch.device.value != "auto":
         os.environ["MEGAFAB_DEVICE"] = config.launch.device.value
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
@@ -121,12 +128,12 @@ def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> in
     from megafab.train import fit
 
     with alone(Path(config.run.dir)) if rank == 0 else nullcontext():
-        run = build(config, ranks=ranks)
+        run = build(config, ranks=ranks, received=received, limit=time_limit())
         if rank == 0:
             staged.begin(config)
         progress = fit(run)
         shutdown()
-        if rank == 0 and not run.schedules.remaining(progress):
+        if rank == 0 and not run.schedules.remaining(progress) and not progress.owes_evaluation:
             staged.finish(config, progress)
     return run.signals.exit_code
 

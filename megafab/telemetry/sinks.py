@@ -46,6 +46,10 @@ class Sink(ABC):
     def record(self, record: StepRecord) -> None:
         """Take one logged step."""
 
+    @abstractmethod
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take numbers that the last record, of that step, could not have."""
+
     def message(self, text: str) -> None:  # noqa: B027 - only the terminal shows messages
         """Take one line for the reader."""
 
@@ -57,7 +61,6 @@ class Sink(ABC):
 class JsonlSink(Sink):
     """`metrics.jsonl`, flushed row by row, so that a killed run loses nothing it logged.
 
-    Each row also gets `session`: 1 for the first launch of the run, one more for each that followed.
     `header`, facts about the run for the reader of a report, is kept beside it in `header.json`, and the
     resolved configuration in `config.yaml`: written once the run has really begun, so that a resume that
     is refused leaves the record of the run as it was.
@@ -66,7 +69,6 @@ class JsonlSink(Sink):
     def __init__(self, run_dir: Path, header: Mapping[str, str], config: Mapping[str, Any]) -> None:
         self._path = run_dir / METRICS_FILE
         self._header, self._config = header, config
-        self._session = 1
 
     def open(self, step: int) -> None:
         """Drop the rows after `step`, which this session will write again."""
@@ -74,14 +76,20 @@ class JsonlSink(Sink):
         replace_text(self._path.with_name(HEADER_FILE), json.dumps(dict(self._header), indent=2) + "\n")
         replace_text(self._path.with_name(CONFIG_FILE), yaml.safe_dump(dict(self._config), sort_keys=False))
         if self._path.exists():
-            self._session = 1 + max((row.get("session", 1) for row in read_rows(self._path)), default=0)
             truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def record(self, record: StepRecord) -> None:
         """Append one row."""
-        self._file.write(to_line({**record.row, "session": self._session}))
+        self._file.write(to_line(record.row))
         self._file.flush()
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put the numbers into the row of that step."""
+        rows = [{**row, **values} if row["step"] == step else row for row in read_rows(self._path)]
+        self._file.close()
+        replace_text(self._path, "".join(map(to_line, rows)))
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -114,9 +122,13 @@ class TensorBoardSink(Sink):
 
     def record(self, record: StepRecord) -> None:
         """Every number of the row as a scalar."""
-        for name, value in flatten(record.row).items():
+        self.amend(record.row["step"], record.row)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Every number as a scalar."""
+        for name, value in flatten(values).items():
             if isinstance(value, Real):
-                self._writer.add_scalar(name, float(value), record.row["step"])
+                self._writer.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -208,9 +220,16 @@ class WandbSink(Sink):
 
     def record(self, record: StepRecord) -> None:
         """Hand the row to wandb's own process; returns at once."""
+        self._log(record.row)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Hand the numbers over as a row with the same step."""
+        self._log({"step": step, **values})
+
+    def _log(self, values: Mapping[str, Any]) -> None:
         if self._run is None:
             return
-        row = {name: value for name, value in flatten(record.row).items() if value is not None}
+        row = {name: value for name, value in flatten(values).items() if value is not None}
         try:
             self._run.log(row)
         except Exception as error:  # its process was killed, or its disk is full
