@@ -68,7 +68,7 @@ def _train_stages(stages: Sequence[Stage], overrides: Sequence[str]) -> int:
         return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads, heard=heard)
 
     root = Path(stages[0].config.run.dir).parent
-    _make_run_directory(root)
+    make_run_directory(root)
     with alone(root):
         return staged.run(stages, train, lambda: bool(heard), lambda text: print(text, flush=True))
 
@@ -78,7 +78,7 @@ def _prepare(stage: Stage, stages: Sequence[Stage]) -> None:
     for other in stages:
         staged.is_done(other, stages)  # or says what changed under the others
     run_dir = Path(stage.config.run.dir)
-    _make_run_directory(run_dir)
+    make_run_directory(run_dir)
     with alone(run_dir):
         staged.prepare(stage, stages, operate)
 
@@ -86,17 +86,18 @@ def _prepare(stage: Stage, stages: Sequence[Stage]) -> None:
 def _train(config: RunConfig, overrides: Sequence[str]) -> int:
     """One run: as one of its ranks, or by starting them with the same `overrides`."""
     rank, local_rank, world = local.rank_environment()
+    local.check_nodes(config.launch.nodes)
     ranks = world if local.is_joining() else config.launch.ranks
     rules.check_all(config, ranks=ranks, corpus=rules.corpus_facts(config))
     if rank == 0:
-        _make_run_directory(Path(config.run.dir))
+        make_run_directory(Path(config.run.dir))
     if ranks > 1 and not local.is_joining():
         command = [*_COMMAND, *overrides]
         return local.start(ranks, command, run_dir=Path(config.run.dir), threads=config.launch.threads)
     return _train_rank(config, rank, local_rank, ranks)
 
 
-def _make_run_directory(path: Path) -> None:
+def make_run_directory(path: Path) -> None:
     """Make it, or find out that it cannot be written before ranks and torch start."""
     try:
         path.mkdir(parents=True, exist_ok=True)
