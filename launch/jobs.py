@@ -15,7 +15,7 @@ from megafab.telemetry.rows import replace_text
 from megafab.telemetry.sessions import longest_save
 
 TEMPLATE = "job.sh.j2"
-# A rank that fails ends the others, and one that has left well does not; lines of the log begin with their rank.
+# A rank that fails ends the others, one that has left well does not; lines of the log begin with their rank.
 _SRUN = ("--kill-on-bad-exit=1", "--wait=0", "--label", "--export=ALL")
 
 
@@ -31,9 +31,9 @@ class Task:
 class Job:
     """What is to be submitted.
 
-    `verb` is megafab's, `overrides` what it is told; `tasks` are one, or the tasks of an array, whose files are
-    in `directory`. `finished` is a test of bash, true where a command that ended well has nothing left to do;
-    of what is in the directory `report` there is a report then (None: no report).
+    `verb` is megafab's, `overrides` what it is told; `tasks` are one, or the tasks of an array, whose files
+    are in `directory`. `finished` is a test of bash, true where a command that ended well has nothing left to
+    do; of what is in the directory `report` there is a report then (None: no report).
     """
 
     name: str

@@ -84,7 +84,10 @@ def state(job: str) -> State | None:
         # Of an array, the line of the array itself is the first.
         facts = dict(part.partition("=")[::2] for part in done.stdout.splitlines()[0].split() if "=" in part)
         return State(
-            facts["JobState"], facts.get("Reason", ""), _code(facts["ExitCode"]), int(facts.get("Restarts", 0))
+            facts["JobState"],
+            facts.get("Reason", ""),
+            _code(facts["ExitCode"]),
+            int(facts.get("Restarts", 0)),
         )
     done = _run(["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job])
     name, bar, code = done.stdout.strip().partition("\n")[0].partition("|")
@@ -145,8 +148,13 @@ def _sbatch(script: Path, options: Sequence[str]) -> str:
     done = _run(["sbatch", *options, str(script)])
     said = " ".join((done.stderr + done.stdout).replace("sbatch: ", "").replace("error: ", "").split())
     if done.returncode != 0:
-        where = next((key for pattern, key in _BEHIND if re.search(pattern, said, re.IGNORECASE)), str(script))
-        expected, fix = "a job that this cluster can start", "sinfo -o '%P %D %c %m %G %f %l' lists what it has"
+        where = next(
+            (key for pattern, key in _BEHIND if re.search(pattern, said, re.IGNORECASE)), str(script)
+        )
+        expected, fix = (
+            "a job that this cluster can start",
+            "sinfo -o '%P %D %c %m %G %f %l' lists what it has",
+        )
         raise UserError(where, f"refused by Slurm: {said}", expected, fix)
     return done.stdout.strip() or said
 

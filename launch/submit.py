@@ -1,4 +1,4 @@
-"""`megafab submit`: a training run, its stages or a sweep, as Slurm jobs that are checked before they are queued.
+"""`megafab submit`: a training run, its stages or a sweep, as Slurm jobs that are checked before they queue.
 
 What is told beside `cluster` and `job` is for `megafab train`. The configuration is checked here, where a
 mistake costs a second and not a wait; Slurm is asked whether it could ever start the job; then it is queued.
@@ -90,9 +90,7 @@ def _stages(overrides: list[str], config: SubmitConfig) -> list[Job]:
     return [_job(stage.config, [*overrides, f"stage={stage.name}"], config, root) for stage in left]
 
 
-def _job(
-    run: RunConfig, overrides: Sequence[str], config: SubmitConfig, report: Path | None = None
-) -> Job:
+def _job(run: RunConfig, overrides: Sequence[str], config: SubmitConfig, report: Path | None = None) -> Job:
     place = _checked(run, config)
     directory = Path(run.run.dir).resolve()
     task = (Task(directory),)

@@ -100,7 +100,7 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str], *, unde
 
 
 def is_sweep(text: str) -> bool:
-    """Whether an override of a training run gives several values: `optim.lr=1e-3,3e-4`, `train.seed=range(4)`.
+    """Whether an override of a training run has several values: `optim.lr=1e-3,3e-4`, `train.seed=range(4)`.
 
     What a key that takes text is given is one text, whatever is in it.
     """

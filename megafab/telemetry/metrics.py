@@ -14,8 +14,9 @@ from typing import Any
 
 from megafab.run import Action, Progress, StepOutcome, StepPlan, StepRecord
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind
+from megafab.telemetry.rows import chain_of
 from megafab.telemetry.sessions import Session
-from megafab.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
+from megafab.telemetry.sinks import JsonlSink, Sink, StagesSink, TensorBoardSink, WandbSink
 from megafab.telemetry.terminal import Terminal
 from megafab.telemetry.timers import Timers
 
@@ -263,6 +264,9 @@ def build_telemetry(
         directory = Path(run.dir)
         terminal = Terminal(directory, total_steps, header, preface=preface)
         sinks = [terminal, JsonlSink(directory, header, config)]
+        stages = chain_of(directory)
+        if stages:
+            sinks.append(StagesSink(directory, stages))
         if tracking.kind is TrackingKind.wandb:
             sinks.append(WandbSink(directory, tracking, run.name, config, terminal.message))
         if tracking.tensorboard:

@@ -1,10 +1,10 @@
 """`sessions.jsonl`: when a run had its machines. With the rows of `metrics.jsonl` it tells the goodput.
 
-Goodput is useful time over allocated time. Useful is the time of training steps that are part of the run as it
-is now; a step that a later session had to repeat is not, and neither are starting up, evaluating, saving, and
-what passes between the last sign of life and the end of a job. Times are weighted by the number of ranks, so
-that stages and sessions of several sizes add up. Waiting in a queue is told beside it: nobody else could have
-used machines that were not allocated.
+Goodput is useful time over allocated time. Useful is the time of training steps that are part of the run as
+it is now; a step that a later session had to repeat is not, and neither are starting up, evaluating, saving,
+and what passes between the last sign of life and the end of a job. Times are weighted by the number of ranks,
+so that stages and sessions of several sizes add up. Waiting in a queue is told beside it: machines that were
+not allocated were not wasted.
 
 One JSON object a line, `event` and `time` (seconds since 1970) in each:
 
@@ -12,8 +12,8 @@ One JSON object a line, `event` and `time` (seconds since 1970) in each:
     began       by rank 0 as training begins: session, started (its process), step, ranks, and of the rows
                 beyond that step, which are void now: dropped_seconds, dropped_until
     saved       a checkpoint is on the disk: step, seconds it took
-    left        by rank 0 at the end: training, evaluate, checkpoint, seconds since the last row; kept: whether
-                a checkpoint has all of it
+    left        by rank 0 at the end: training, evaluate, checkpoint, seconds since the last row; kept:
+                whether a checkpoint has all of it
     released    by the job script at its end: job, code, cause
 """
 

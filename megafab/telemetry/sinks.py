@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megafab.telemetry.rows import (
     CONFIG_FILE,
     HEADER_FILE,
     METRICS_FILE,
+    chain_of,
     flatten,
     read_rows,
     replace_text,
@@ -96,6 +97,52 @@ class JsonlSink(Sink):
         self._file.close()
 
 
+class StagesSink(Sink):
+    """`metrics.jsonl` of a training in stages that follow one another, beside their directories.
+
+    A row is that of the stage, with `step` counted from the beginning of the training, and `stage` and
+    `stage_step`, its own count.
+
+    Args:
+        run_dir: of this stage.
+        stages: all of them, in order.
+    """
+
+    def __init__(self, run_dir: Path, stages: Sequence[str]) -> None:
+        self._path = run_dir.parent / METRICS_FILE
+        self._stage, self._stages = run_dir.name, list(stages)
+
+    def open(self, step: int) -> None:
+        """Drop the rows of this stage after `step`, and of those after it."""
+        mine = self._stages.index(self._stage)
+        rows = read_rows(self._path) if self._path.exists() else []
+        known = [row for row in rows if row["stage"] in self._stages]
+        places = [(self._stages.index(row["stage"]), row["stage_step"]) for row in known]
+        kept = [row for row, place in zip(known, places, strict=True) if place <= (mine, step)]
+        replace_text(self._path, "".join(map(to_line, kept)))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def record(self, record: StepRecord) -> None:
+        """Append one row."""
+        row = record.row
+        own = {"step": row["total_steps"], "stage": self._stage, "stage_step": row["step"]}
+        self._file.write(to_line({**row, **own}))
+        self._file.flush()
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put the numbers into the row of that step."""
+        self._file.close()
+        here = (self._stage, step)
+        rows = read_rows(self._path)
+        rows = [{**row, **values} if (row["stage"], row["stage_step"]) == here else row for row in rows]
+        replace_text(self._path, "".join(map(to_line, rows)))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class TensorBoardSink(Sink):
     """Event files in `<run.dir>/tensorboard`.
 
@@ -136,10 +183,11 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """One wandb run per run directory, whatever the number of launches.
+    """One wandb run per run directory, whatever the number of launches; one for stages that are a chain.
 
-    The run's id is kept in `<run.dir>/wandb_id`. `step` is the x axis of every plot, so that steps
-    taken again after a crash lie over the earlier ones instead of being refused by the server.
+    The run's id is kept in `<run.dir>/wandb_id`, that of stages beside them. `step`, or `total_steps`, is the x
+    axis of every plot, so that steps taken again after a crash lie over the earlier ones instead of being
+    refused by the server.
 
     Args:
         run_dir: holds `wandb/`.
@@ -171,6 +219,8 @@ class WandbSink(Sink):
             ) from error
         self._wandb = wandb
         self._dir = run_dir
+        self._home = run_dir.parent if chain_of(run_dir) else run_dir  # of the id
+        self._step = "step" if self._home == run_dir else "total_steps"
         self._tracking = tracking
         self._name = name
         self._config = config
@@ -202,18 +252,18 @@ class WandbSink(Sink):
             project=self._tracking.project,
             entity=self._tracking.entity,
             group=self._tracking.group,
-            name=self._name,
+            name=self._name.removesuffix("" if self._home == self._dir else f"-{self._dir.name}"),
             config=dict(self._config),
             settings=settings,
         )
-        run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric=self._step)
         where = f"offline; upload with: wandb sync {Path(run.dir).parent}" if mode == "offline" else run.url
         self._say(f"wandb: {where or mode}")
         return run
 
     def _run_id(self) -> str:
         """The id kept in the run directory, made on first use."""
-        path = self._dir / "wandb_id"
+        path = self._home / "wandb_id"
         if not path.exists():
             replace_text(path, secrets.token_hex(4) + "\n")
         return path.read_text(encoding="utf-8").strip()

@@ -181,8 +181,8 @@ class Cluster:
 
     def _node_command(self, node: str) -> list[str]:
         hosts = self.root / "etc" / "hosts"
-        script = f"mount --bind {hosts} /etc/hosts && hostname {node} && exec slurmd -D -f {self._config} -N {node}"
-        return ["sh", "-c", script]
+        daemon = f"slurmd -D -f {self._config} -N {node}"
+        return ["sh", "-c", f"mount --bind {hosts} /etc/hosts && hostname {node} && exec {daemon}"]
 
     def _await(self, daemon: str, ready: Any) -> None:
         deadline = time.monotonic() + UP_SECONDS
@@ -247,7 +247,7 @@ class Cluster:
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_Core",
             "SchedulerType": "sched/backfill",
-            "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,sched_min_interval=10000,bf_interval=1",
+            "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,sched_min_interval=10000",
             "SlurmdParameters": "config_overrides",  # nodes may claim more cores than the machine has
             "ReturnToService": 2,
             "SlurmctldTimeout": 10,
