@@ -20,6 +20,22 @@ _SRUN = ("--kill-on-bad-exit=1", "--wait=0", "--label", "--export=ALL")
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What a job script must know of a command, in bash: $run is the directory of the task.
+
+    `finished` tests whether a command that ended well has nothing left to do; `newest` prints something that
+    changes when a session has come to a further `result`.
+    """
+
+    finished: str
+    newest: str
+    result: str
+
+
+TRAINING = Kind('[[ -f "$run/finished.json" ]]', 'cat "$run/checkpoints/latest" 2> /dev/null', "checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One command of a job; an array has several. `directory` is where its state and its log are."""
 
@@ -32,8 +48,8 @@ class Job:
     """What is to be submitted.
 
     `verb` is megafab's, `overrides` what it is told; `tasks` are one, or the tasks of an array, whose files
-    are in `directory`. `finished` is a test of bash, true where a command that ended well has nothing left to
-    do; of what is in the directory `report` there is a report then (None: no report).
+    are in `directory`. `kind` says what the commands are like; of the directory `report` there is a report in
+    the end (None: no report). `cpus` of a task count where the profile does not say.
     """
 
     name: str
@@ -42,8 +58,9 @@ class Job:
     tasks: tuple[Task, ...]
     directory: Path
     layout: Layout
-    finished: str = "true"
+    kind: Kind
     report: Path | None = None
+    cpus: int | None = None
 
     @property
     def script(self) -> Path:
@@ -95,7 +112,9 @@ def render(job: Job, config: SubmitConfig) -> str:
         container=f"{cluster.container} " if cluster.container else "",
         python=shlex.quote(python),
         what=job.name,
-        finished=job.finished,
+        finished=job.kind.finished,
+        newest=job.kind.newest,
+        result=job.kind.result,
         report="" if job.report is None else '"$run"' if len(job.tasks) > 1 else shlex.quote(str(job.report)),
         log=str(job.directory / "slurm"),
     )
@@ -153,10 +172,11 @@ def _options(job: Job, config: SubmitConfig, lead: int) -> list[str]:
 
 def _cpus(job: Job, config: SubmitConfig) -> Sequence[str]:
     """Cores of a task; said to srun too, which does not take them from the job."""
-    if config.cluster.cpus_per_rank is None:
+    cpus = config.cluster.cpus_per_rank or job.cpus
+    if cpus is None:
         return []
     ranks = job.layout.ranks_per_node if config.job.launcher is Launcher.torchrun else 1
-    return [f"--cpus-per-task={config.cluster.cpus_per_rank * ranks}"]
+    return [f"--cpus-per-task={cpus * ranks}"]
 
 
 def _lead(job: Job, config: SubmitConfig) -> int:

@@ -3,6 +3,8 @@
 What is told beside `cluster` and `job` is for `megafab train`. The configuration is checked here, where a
 mistake costs a second and not a wait; Slurm is asked whether it could ever start the job; then it is queued.
 A staged run becomes a chain, each stage a job of its own size that waits for the one before it.
+
+`megafab submit data` builds a corpus: an array that tokenizes its parts, and a job that puts it together.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import jobs, slurm
-from launch.jobs import Job, Task
-from launch.train import make_run_directory
+from launch.jobs import TRAINING, Job, Kind, Task
+from launch.train import make_run_directory, split_stage
 from megafab import stages as staged
 from megafab.config import load, rules
 from megafab.config import stages as declared
@@ -32,7 +34,6 @@ FLAGS = {
     "--multirun": "a value with commas is a sweep: an array job with a run for each combination",
 }
 _OWN = ("cluster", "job")
-_FINISHED = '[[ -f "$run/finished.json" ]]'
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """
     flags = [argument for argument in arguments if argument in FLAGS]
     config, overrides = _split([argument for argument in arguments if argument not in FLAGS])
-    wanted = _sweep(overrides, config) if "--multirun" in flags else _stages(overrides, config)
+    wanted = _wanted(overrides, config, sweeps="--multirun" in flags)
     if "--dry-run" in flags:
         for job in wanted:
             print(jobs.render(job, config), end="")
@@ -73,21 +74,37 @@ def _split(overrides: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
     return config, [text for text in overrides if text not in mine]
 
 
+def _wanted(overrides: list[str], config: SubmitConfig, *, sweeps: bool) -> list[Job]:
+    """The jobs, in the order in which they have to run."""
+    if overrides[:1] == ["data"]:
+        if sweeps:
+            raise ConfigError("--multirun", "megafab submit data", "a training run", "leave it out")
+        wanted = _corpus(overrides[1:], config)
+    elif config.job.parts is not None:
+        found, fix = "a training run", "leave it out, or megafab submit data ..."
+        raise ConfigError(f"job.parts={config.job.parts}", found, "a corpus to build", fix)
+    else:
+        wanted = _sweep(overrides, config) if sweeps else _stages(overrides, config)
+    if config.job.continuation is Continuation.new_job and (len(wanted) > 1 or len(wanted[0].tasks) > 1):
+        found, fix = "several jobs, which wait for others by their numbers", "job.continuation=requeue"
+        expected = "jobs that keep their numbers, or a single one (stage=NAME, part=K/N)"
+        raise ConfigError("job.continuation=new_job", found, expected, fix)
+    return wanted
+
+
 def _stages(overrides: list[str], config: SubmitConfig) -> list[Job]:
     """One job, or one for each stage that is not finished."""
-    stages = declared.of(overrides)
-    if not stages:
+    name, rest = split_stage(overrides)
+    stages = declared.of(rest)
+    if name is None and not stages:
         return [_job(load.load(overrides), overrides, config)]
-    if config.job.continuation is Continuation.new_job:
-        fix = "job.continuation=requeue, or submit one stage at a time: stage=NAME"
-        found, expected = "stages, each of which waits for a job by its number", "jobs that keep their number"
-        raise ConfigError("job.continuation=new_job", found, expected, fix)
+    wanted = stages if name is None else [declared.named(stages, name)]
     declared.check_all(stages)
-    left = [stage for stage in stages if not staged.is_done(stage, stages)]
+    left = [stage for stage in wanted if not staged.is_done(stage, stages)]
     if not left:
         raise UserError("megafab submit", "no stage left to train", "one", "raise train.steps of the last")
     root = Path(stages[0].config.run.dir).resolve().parent
-    return [_job(stage.config, [*overrides, f"stage={stage.name}"], config, root) for stage in left]
+    return [_job(stage.config, [*rest, f"stage={stage.name}"], config, root) for stage in left]
 
 
 def _job(run: RunConfig, overrides: Sequence[str], config: SubmitConfig, report: Path | None = None) -> Job:
@@ -95,7 +112,7 @@ def _job(run: RunConfig, overrides: Sequence[str], config: SubmitConfig, report:
     directory = Path(run.run.dir).resolve()
     task = (Task(directory),)
     told = tuple(overrides)
-    return Job(run.run.name, "train", told, task, directory, place, _FINISHED, report or directory)
+    return Job(run.run.name, "train", told, task, directory, place, TRAINING, report or directory)
 
 
 def _sweep(overrides: list[str], config: SubmitConfig) -> list[Job]:
@@ -121,7 +138,29 @@ def _sweep(overrides: list[str], config: SubmitConfig) -> list[Job]:
         fix = "sweep over launch.ranks in jobs of their own"
         raise ConfigError("--multirun", found, "tasks of one size, since an array has one", fix)
     directory, (place,) = Path(base.run.dir).resolve(), places
-    return [Job(base.run.name, "train", common, tuple(tasks), directory, place, _FINISHED, directory)]
+    return [Job(base.run.name, "train", common, tuple(tasks), directory, place, TRAINING, directory)]
+
+
+def _corpus(overrides: list[str], config: SubmitConfig) -> list[Job]:
+    """A job that builds a corpus, after an array of those that tokenize its parts."""
+    from data_pipeline.config import BuildConfig, check
+
+    build = load.compose(BuildConfig, "data", overrides)
+    check(build)
+    out, parts = Path(build.out).resolve(), config.job.parts or 1
+    home = out.with_name(f"{out.name}.jobs")
+    pieces = shlex.quote(str(out.with_name(f".{out.name}.building") / "pieces"))
+    kind = Kind("true", f"find {pieces} -name '*.npz' 2> /dev/null | wc -l", "piece")
+    told, size = tuple(overrides), Layout(1, 1)
+    last = Job(out.name, "data", told, (Task(home),), home, size, kind, cpus=build.workers)
+    if parts == 1:
+        return [last]
+    if build.part is not None:
+        expected, fix = "all of it, for job.parts to divide", "leave part out"
+        raise ConfigError(f"part={build.part}", "one part", expected, fix)
+    tasks = tuple(Task(home / f"part_{n}", (f"part={n}/{parts}",)) for n in range(parts))
+    array = home / "parts"
+    return [Job(f"{out.name}-parts", "data", told, tasks, array, size, kind, cpus=build.workers), last]
 
 
 def _checked(run: RunConfig, config: SubmitConfig) -> Layout:

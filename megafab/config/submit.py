@@ -61,6 +61,7 @@ class JobConfig:
     continuation: Continuation = Continuation.requeue
     signal_seconds: int | None = None  # warning before the limit; null: from the saves of the run so far
     max_failures: int = 3  # sessions in a row that fail without a further checkpoint: then it stops
+    parts: int | None = None  # of a corpus, built by as many tasks of an array; null: one task builds it
     parallel: int | None = None  # tasks of an array at a time; null: as many as there is room for
     after: str | None = None  # a dependency of Slurm, such as afterok:1234
 
@@ -113,6 +114,7 @@ def _problems(config: SubmitConfig) -> Iterator[ConfigError]:
         "job.max_failures": job.max_failures,
         "job.signal_seconds": job.signal_seconds,
         "job.parallel": job.parallel,
+        "job.parts": job.parts,
     }
     for key, value in least.items():
         if value is not None and value < 1:

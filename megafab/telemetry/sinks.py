@@ -185,7 +185,7 @@ class TensorBoardSink(Sink):
 class WandbSink(Sink):
     """One wandb run per run directory, whatever the number of launches; one for stages that are a chain.
 
-    The run's id is kept in `<run.dir>/wandb_id`, that of stages beside them. `step`, or `total_steps`, is the x
+    The id is kept in `<run.dir>/wandb_id`, that of stages beside them. `step`, or `total_steps`, is the x
     axis of every plot, so that steps taken again after a crash lie over the earlier ones instead of being
     refused by the server.
 

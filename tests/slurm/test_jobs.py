@@ -13,6 +13,7 @@ from jobs import RUN, TRACKED, Submitted, kill, megafab
 from training import SHORT_RUN, SMALL_MODEL, rows
 
 from megafab.checkpoint import store
+from megafab.data.format import Corpus
 from megafab.telemetry.sessions import goodput, read_events
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiproc, pytest.mark.timeout(600)]
@@ -165,10 +166,31 @@ def test_a_sweep_is_an_array(slurm: Cluster, data: str, tmp_path: Path):
     assert (root / "optim.lr=0.001" / "report.html").exists()
 
 
+def test_a_corpus_is_built_by_an_array(slurm: Cluster, tmp_path: Path):
+    texts = [f"document {number} is about {number % 7} things\n" for number in range(500)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    told = [f"sources={{words: {tmp_path}/text.jsonl}}", "tokenizer.vocab=300", "workers=1"]
+    out = tmp_path / "corpus"
+    done = megafab(
+        slurm, "submit", "data", "cluster=cpu", "cluster.partition=main", "job.parts=2", *told, f"out={out}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    array, last = re.findall(r"submitted job (\d+)", done.stdout)
+    assert slurm.job(last)["Dependency"].startswith(f"afterok:{array}")
+    over = slurm.wait(last, "COMPLETED", "FAILED", "CANCELLED")
+    assert over["JobState"] == "COMPLETED"
+    assert Corpus.open(out).manifest["domains"][0]["name"] == "words"
+    logs = sorted((tmp_path / "corpus.jobs" / "parts" / "slurm").glob("*_*.log"))
+    assert [f"part {part}/2 is finished" in log.read_text() for part, log in enumerate(logs)] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["parallel.tensor=3"], "[ranks] launch.ranks=2: found 2 ranks, expected a multiple of tensor 3"),
+        (["train.steps=0"], "[size] train.steps=0: found 0, expected at least 1"),
+        (["train.global_batch=3", "parallel.tensor=1"], "train.global_batch=3"),
+        (["job.parts=2"], "job.parts=2: found a training run"),
+        (["job.max_failures=0"], "job.max_failures=0: found 0, expected at least 1"),
         (["cluster.gpus='--gres=gpu:{ranks}00'"], "cluster.gpus={ranks}: found refused by Slurm"),
         (["cluster.gpus='--gres=gpu:a100:{ranks}'"], "found refused by Slurm: "),
         (["cluster.partition=null"], "cluster.partition: found neither a partition nor a qos"),
@@ -208,8 +230,7 @@ def test_one_job_at_a_time_works_on_a_run(slurm: Cluster, data: str, tmp_path: P
 def test_the_time_limit_is_no_end(slurm: Cluster, data: str, undisturbed: Submitted, tmp_path: Path):
     """With Slurm's own signal, which comes when its controller next looks, every 30 seconds."""
     faulty = [text for text in FAULTY if not text.startswith("checkpoint.every")]
-    slow = ("techniques.pause=null",) * 0
-    run = Submitted(slurm, tmp_path / "run", *TWO_BY_ONE, data, *faulty, *slow, "job.time=1")
+    run = Submitted(slurm, tmp_path / "run", *TWO_BY_ONE, data, *faulty, "job.time=1")
     for restart in range(1, 9):
         job = slurm.wait(run.job, "PENDING", "COMPLETED", "FAILED", "TIMEOUT", timeout=300)
         if job["JobState"] != "PENDING":
