@@ -46,7 +46,7 @@ class BuildConfig:
     seed: int = 1234  # order of documents within a shard
     skip_bad: bool = False  # count and report bad documents instead of stopping at the first
     workers: int = 2  # processes
-    # K/N: tokenize only the K-th of N parts, K from 0, as other commands, perhaps on other machines, do the others;
+    # K/N: tokenize only the K-th of N parts, K from 0. Other commands, on other machines too, do the others;
     # then the same command without part= puts the corpus together.
     part: str | None = None
     stdlib_bytes: int = 8_000_000  # per domain of the default corpus

@@ -62,6 +62,10 @@ def require() -> None:
 def try_out(script: Path, options: Sequence[str] = ()) -> str:
     """Ask whether Slurm could ever start a job, without queueing it; what it says.
 
+    Args:
+        script: what is to be submitted.
+        options: further options of sbatch.
+
     Raises:
         UserError: it could not.
     """
@@ -155,8 +159,15 @@ def _sbatch(script: Path, options: Sequence[str]) -> str:
             "a job that this cluster can start",
             "sinfo -o '%P %D %c %m %G %f %l' lists what it has",
         )
-        raise UserError(where, f"refused by Slurm: {said}", expected, fix)
+        raise UserError(where, f"refused by Slurm: {said} (asked for: {_asked(script)})", expected, fix)
     return done.stdout.strip() or said
+
+
+def _asked(script: Path) -> str:
+    """What a script asks for that a cluster may not have."""
+    words = ("--partition", "--nodes", "--ntasks", "--cpus", "--g", "--mem", "--constraint", "--time")
+    lines = (line.removeprefix("#SBATCH ") for line in script.read_text().splitlines())
+    return " ".join(line for line in lines if line.startswith(words))
 
 
 def _code(text: str) -> int:

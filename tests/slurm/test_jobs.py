@@ -191,7 +191,7 @@ def test_a_corpus_is_built_by_an_array(slurm: Cluster, tmp_path: Path):
         (["train.global_batch=3", "parallel.tensor=1"], "train.global_batch=3"),
         (["job.parts=2"], "job.parts=2: found a training run"),
         (["job.max_failures=0"], "job.max_failures=0: found 0, expected at least 1"),
-        (["cluster.gpus='--gres=gpu:{ranks}00'"], "cluster.gpus={ranks}: found refused by Slurm"),
+        (["cluster.gpus='--gres=gpu:h100:{ranks}00'"], "--gres=gpu:h100:100), expected a job that"),
         (["cluster.gpus='--gres=gpu:a100:{ranks}'"], "found refused by Slurm: "),
         (["cluster.partition=null"], "cluster.partition: found neither a partition nor a qos"),
         (["cluster.partition=large"], "cluster.partition: found refused by Slurm: invalid partition"),
