@@ -195,7 +195,7 @@ def test_a_corpus_is_built_by_an_array(slurm: Cluster, tmp_path: Path):
         (["cluster.gpus='--gres=gpu:a100:{ranks}'"], "found refused by Slurm: "),
         (["cluster.partition=null"], "cluster.partition: found neither a partition nor a qos"),
         (["cluster.partition=large"], "cluster.partition: found refused by Slurm: invalid partition"),
-        (["launch.ranks=10", "launch.nodes=5", "parallel.tensor=2"], "found refused by Slurm: "),
+        (["launch.ranks=10", "launch.nodes=5", "train.global_batch=10"], "found refused by Slurm: "),
         (["launch.ranks=10", "launch.nodes=2"], "launch.ranks=10, launch.nodes=2: found 5 ranks on a node"),
         (["launch.ranks=3", "launch.nodes=2"], "launch.ranks=3, launch.nodes=2: found 3 ranks on 2 nodes"),
         (["job.time=soon"], "job.time=soon: found no time limit"),
