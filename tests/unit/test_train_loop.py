@@ -112,8 +112,6 @@ class Diary:
         self.note("bus.schedule")
         return plan
 
-    reads_evaluation = False
-
     def limit(self, plan: StepPlan) -> StepPlan:
         self.note("limit")
         return plan
