@@ -28,13 +28,15 @@ def fit(run: Run) -> Progress:
     exit code that goes with it, is for `run.signals` to say.
 
     Raises:
-        UserError: `train.max_skipped` steps in a row had no finite gradients.
+        UserError: `train.max_skipped` steps in a row had no finite gradients, or a loss spike (where they are
+            looked for) cannot be got past.
     """
     progress = run.checkpoints.restore()
     run.telemetry.start(progress)
     part, weights = run.telemetry.timers, run.engine.weights()
     with closing(run), run.signals, run.checkpoints:
         run.bus.start(progress, weights)
+        run.checkpoints.begin(progress)
         if not run.schedules.remaining(progress):
             run.telemetry.message(
                 f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "
@@ -57,6 +59,10 @@ def fit(run: Run) -> Progress:
                 outcome = run.engine.update(plan, verdict, stats)
                 run.bus.step(plan, outcome, ledger, weights)
             progress = progress.advance(plan, outcome)
+            spike = run.spikes.look(progress, outcome, ledger)
+            if spike is not None:
+                progress = run.roll_back(spike)
+                continue
 
             last = not run.schedules.remaining(progress)
             leaving = run.signals.leave() and not last
@@ -122,7 +128,7 @@ def _record(
         loss=losses.loss,
         domain_loss=losses.domain_loss,
         domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
-        extra=run.bus.metrics(losses),
+        extra=run.bus.metrics(losses) | run.spikes.metrics(),
         valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
     )
 

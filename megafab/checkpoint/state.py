@@ -81,6 +81,24 @@ class TechniquesState(Protocol):
         ...
 
 
+class SpikesState(Protocol):
+    """What the controller of loss spikes remembers (`resilience/spikes.py`)."""
+
+    on: bool  # whether there is one
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; `{}` where it was off."""
+        ...
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Takes what is of the past from there, but keeps what led back to it."""
+        ...
+
+
 class Checkpoints:
     """Saves a run and brings it back. All methods are collectives over the ranks of `group`.
 
@@ -101,6 +119,7 @@ class Checkpoints:
         rates: says of a checkpoint's configuration and progress what the learning rate was there, and what it
             is in the steps that follow the second progress.
         message: shows one line to the user; from any thread.
+        spikes: the controller of loss spikes, if the run has one.
         group: process group of host memory; None: all ranks.
     """
 
@@ -118,13 +137,14 @@ class Checkpoints:
         topology: Mapping[str, int],
         rates: Callable[[Mapping[str, Any], Progress, Progress], str],
         message: Callable[[str], None],
+        spikes: SpikesState | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config, self._start = config, start
         self._run_dir, self._directory = Path(run_dir), Path(run_dir) / "checkpoints"
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
-        self._rates, self._message = rates, message
+        self._rates, self._message, self._spikes = rates, message, spikes
         self._group, self._team = group, Team(group)
         self._lineage: list[dict[str, Any]] = []
         self._snapshot, self._background = Snapshot(), Background()
@@ -238,18 +258,66 @@ class Checkpoints:
         ]
         if axes:
             self._message(f"the topology changed: {', '.join(axes)}")
+        if changed_data:
+            self._message(f"the data changed: {'; '.join(changed_data)}")
+        progress = self._load(path, state)
+        if self._spikes is not None:
+            self._spikes.load_state_dict(state.get("spikes", {}))
+        self._remember(path, state, named)
+        self._message(self._rates(state["config"], progress, progress))
+        return progress
+
+    def begin(self, progress: Progress) -> None:
+        """Before the first step: a run that may want to go back begins with a checkpoint to go back to."""
+        if self._spikes is None or not self._spikes.on:
+            return
+        if not self._team.one(lambda: store.candidates(self._directory)):
+            self.save(progress)
+
+    def roll_back(self, step: int, margin: int) -> Progress:
+        """Bring the run back to where it was `margin` steps before `step`, or earlier.
+
+        To the last checkpoint of this run from before the margin or, where there is none, to the oldest of
+        those within it. A damaged one is passed over.
+
+        Raises:
+            UserError: there is none, or all are damaged.
+        """
+        failed = self._settled()
+        if failed is not None:
+            self._message(f"{failed}; going back to an earlier checkpoint")
+        own = self._team.one(lambda: store.candidates(self._directory))
+        before = [path for path in own if store.step_of(path) <= step - margin]
+        within = [path for path in own if step - margin < store.step_of(path) <= step]
+        if not (before or within):
+            raise UserError(
+                f"run.dir={self._run_dir}",
+                f"no checkpoint of step {step} or before, to go back to",
+                "one from before the loss spiked",
+                "resume from a copy (checkpoint.resume=PATH), or begin again in another run.dir",
+            )
+        path = self._intact([*before, *reversed(within)])
+        state = self._team.one(lambda: store.read_state(path))
+        progress = self._load(path, state)
+        if self._spikes is not None:
+            self._spikes.rewind(state.get("spikes", {}))
+        self._remember(path, state, named=False)
+        return progress
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that has gone back does not come to."""
+        self._team.one(lambda: store.discard_after(self._directory, step))
+
+    def _load(self, path: Path, state: Mapping[str, Any]) -> Progress:
+        """Fill engine, techniques and loader from a checkpoint; the progress it was written at."""
         self._techniques.load_state_dict(state["techniques"])
         store.load(path, self._tensors(only=state["techniques"]), group=self._group)
         self._engine.load_state_dict(state["engine"])
         position = state["loader"]
-        if changed_data:
-            self._message(f"the data changed: {'; '.join(changed_data)}")
+        if identity.differences(state["data"], self._data):
             position = identity.carried_on(position, self._loader.state_dict(), state["data"], self._data)
         self._loader.load_state_dict(position)
-        self._remember(path, state, named)
-        progress = Progress.from_state(state["progress"])
-        self._message(self._rates(state["config"], progress, progress))
-        return progress
+        return Progress.from_state(state["progress"])
 
     def _write(
         self,
@@ -279,6 +347,7 @@ class Checkpoints:
             "loader": self._loader.state_dict(),
             "engine": self._engine.state_dict(),
             "techniques": self._techniques.state_dict(),
+            "spikes": {} if self._spikes is None else self._spikes.state_dict(),
             "weights_only": False,
             "data": self._data,
             "config": self._resolved,

@@ -74,6 +74,12 @@ class Telemetry:
             self._open.callback(sink.close)
         self._mark(progress)
 
+    def rewind(self, progress: Progress) -> None:
+        """Go on at an earlier `progress`: void what was recorded beyond it, start the clock."""
+        for sink in self._sinks:
+            sink.rewind(progress.step)
+        self._mark(progress)
+
     def begin(self, step: int) -> None:
         """Say that step `step` (counted from 1) begins; a step that is due has its parts timed exactly."""
         if not self._sinks or not self.due(step, step == self._total_steps):

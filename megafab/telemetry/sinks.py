@@ -42,6 +42,9 @@ class Sink(ABC):
     def open(self, step: int) -> None:
         """Begin, or go on, after `step`: what an earlier session recorded beyond it is void."""
 
+    def rewind(self, step: int) -> None:  # noqa: B027 - some lay steps taken again over the earlier ones
+        """Go on after `step` once more: what this session recorded beyond it is void."""
+
     @abstractmethod
     def record(self, record: StepRecord) -> None:
         """Take one logged step."""
@@ -75,6 +78,15 @@ class JsonlSink(Sink):
         replace_text(self._path.with_name(CONFIG_FILE), yaml.safe_dump(dict(self._config), sort_keys=False))
         if self._path.exists():
             self._session = 1 + max((row.get("session", 1) for row in read_rows(self._path)), default=0)
+        self._continue(step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, which are written again."""
+        self._file.close()
+        self._continue(step)
+
+    def _continue(self, step: int) -> None:
+        if self._path.exists():
             truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -111,6 +123,11 @@ class TensorBoardSink(Sink):
     def open(self, step: int) -> None:
         """Start a new event file; TensorBoard hides what older ones hold beyond `step`."""
         self._writer = self._make_writer(str(self._dir), purge_step=step + 1, flush_secs=30)
+
+    def rewind(self, step: int) -> None:
+        """Likewise, with what this session has written."""
+        self._writer.close()
+        self.open(step)
 
     def record(self, record: StepRecord) -> None:
         """Every number of the row as a scalar."""
