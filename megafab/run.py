@@ -323,8 +323,8 @@ class Checkpoints(Protocol):
         """Everything that the step after `progress` depends on; with `wait`, committed when this returns."""
         ...
 
-    def begin(self, progress: Progress) -> None:
-        """Saves a run that has no checkpoint yet, if it may want to go back to its beginning."""
+    def save_first(self, progress: Progress) -> None:
+        """Saves a run that may want to go back and has no checkpoint yet."""
         ...
 
     def roll_back(self, step: int, margin: int) -> Progress:

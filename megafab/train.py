@@ -8,7 +8,8 @@ techniques (`techniques/base.py`). The loop holds no state but the progress: wit
 keeps after step k, step k + 1 of a new process is bit for bit what it would have been.
 
 The host waits for the device where it must: for the gradient norm, which decides whether the update is
-applied, and for the losses on steps that are logged. Ranks agree on a signal about once a second.
+applied, and for the losses on steps that are logged, or on all where spikes are looked for. Ranks agree on a
+signal about once a second.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def fit(run: Run) -> Progress:
     part, weights = run.telemetry.timers, run.engine.weights()
     with closing(run), run.signals, run.checkpoints:
         run.bus.start(progress, weights)
-        run.checkpoints.begin(progress)
+        run.checkpoints.save_first(progress)
         if not run.schedules.remaining(progress):
             run.telemetry.message(
                 f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "

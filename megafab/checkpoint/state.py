@@ -267,8 +267,8 @@ class Checkpoints:
         self._message(self._rates(state["config"], progress, progress))
         return progress
 
-    def begin(self, progress: Progress) -> None:
-        """Before the first step: a run that may want to go back begins with a checkpoint to go back to."""
+    def save_first(self, progress: Progress) -> None:
+        """Before the first step: a run that may want to go back has a checkpoint from then on."""
         if self._spikes is None or not self._spikes.on:
             return
         if not self._team.one(lambda: store.candidates(self._directory)):

@@ -930,7 +930,7 @@ def _skip(facts: Facts) -> Iterator[Violation]:
         elif data.block > 0 and any(number % data.block for number in pair):
             expected = f"whole blocks of data.block={data.block} samples, for steps to have whole ones"
             first = pair[0] // data.block * data.block
-            fix = f"[{first},{_next_multiple(sum(pair) - first, data.block)}]"
+            fix = f"give [{first},{_next_multiple(sum(pair) - first, data.block)}]"
             yield Violation(where, found, expected, fix)
 
 

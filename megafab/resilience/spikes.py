@@ -21,7 +21,7 @@ spike. Then
 
 From there on the run is, to the bit, the one that was told from its beginning to skip those samples
 (`data.skip`). What is decided is committed to the checkpoint that was gone back to, before anything else is
-computed: a crash repeats no decision. Whatever compares losses needs them on the host, at every step.
+computed, so that a crash of the replay resumes it. The price is the loss on the host at every step.
 """
 
 from __future__ import annotations
