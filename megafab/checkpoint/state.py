@@ -262,23 +262,25 @@ class Checkpoints:
             self._message(f"the data changed: {'; '.join(changed_data)}")
         progress = self._load(path, state)
         if self._spikes is not None:
-            self._spikes.load_state_dict(state.get("spikes", {}))
+            known = state.get("spikes", {})
+            # What is computed otherwise now says nothing about a spike of then.
+            self._spikes.load_state_dict({**known, "suspect": None} if changed or changed_data else known)
         self._remember(path, state, named)
         self._message(self._rates(state["config"], progress, progress))
         return progress
 
     def save_first(self, progress: Progress) -> None:
-        """Before the first step: a run that may want to go back has a checkpoint from then on."""
+        """Before the first step: see that `roll_back` has somewhere to go, for a run that may ask for it."""
         if self._spikes is None or not self._spikes.on:
             return
-        if not self._team.one(lambda: store.candidates(self._directory)):
+        if not self._team.one(self._comparable):
             self.save(progress)
 
     def roll_back(self, step: int, margin: int) -> Progress:
         """Bring the run back to where it was `margin` steps before `step`, or earlier.
 
-        To the last checkpoint of this run from before the margin or, where there is none, to the oldest of
-        those within it. A damaged one is passed over.
+        To the last checkpoint from before the margin or, where there is none, to the oldest of those within
+        it; of those of this run with what it computes now. A damaged one is passed over.
 
         Raises:
             UserError: there is none, or all are damaged.
@@ -286,7 +288,7 @@ class Checkpoints:
         failed = self._settled()
         if failed is not None:
             self._message(f"{failed}; going back to an earlier checkpoint")
-        own = self._team.one(lambda: store.candidates(self._directory))
+        own = self._team.one(self._comparable)
         before = [path for path in own if store.step_of(path) <= step - margin]
         within = [path for path in own if step - margin < store.step_of(path) <= step]
         if not (before or within):
@@ -307,6 +309,19 @@ class Checkpoints:
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, which a run that has gone back does not come to."""
         self._team.one(lambda: store.discard_after(self._directory, step))
+
+    def _comparable(self) -> list[Path]:
+        """This run's checkpoints from which it would take the same steps again, the last committed first."""
+        found = []
+        for path in store.candidates(self._directory):
+            try:
+                state = store.read_state(path)
+                changed = any(changes(state["config"], self._resolved))
+                if not (changed or identity.differences(state["data"], self._data)):
+                    found.append(path)
+            except (OSError, ValueError, LookupError):
+                found.append(path)  # damaged: a check says so
+        return found
 
     def _load(self, path: Path, state: Mapping[str, Any]) -> Progress:
         """Fill engine, techniques and loader from a checkpoint; the progress it was written at."""

@@ -271,6 +271,30 @@ def test_without_a_checkpoint_there_is_no_way_back(ranks, tmp_path):
     )
 
 
+def go_on_otherwise(rank, world, directory):
+    """A run that goes on with another learning rate, and comes upon a spike soon."""
+    first = Run(rank, world, directory, spikes=Controller(), keep=9)
+    first.checkpoints.save_first(Progress())
+    first.train_to(10)
+    first.checkpoints._spikes.suspect = 15
+    first.train_to(20)
+    there, config = [], {**CONFIG, "optim": {"name": "sgd", "lr": 0.05}}
+    for now in (CONFIG, config):
+        run = Run(rank, world, directory, spikes=Controller(), keep=9, config=now)
+        progress = run.checkpoints.restore()
+        there.append(run.checkpoints._spikes.suspect)
+        run.checkpoints.save_first(progress)
+        run.train_to(30)
+        there.append(run.checkpoints.roll_back(30, 15).step)
+        run.checkpoints.discard_after(20)
+    return there
+
+
+def test_a_run_goes_back_to_where_it_computed_what_it_does_now(ranks, tmp_path):
+    """Else a replay would say nothing: not further than to where it went on with other settings."""
+    assert ranks.run(go_on_otherwise, str(tmp_path)) == [[15, 10, None, 20]]
+
+
 def test_only_a_run_that_may_go_back_begins_with_a_checkpoint(ranks, tmp_path):
     assert ranks.run(first_saves, str(tmp_path)) == [["step_00000000"]]
 
