@@ -86,13 +86,9 @@ def state(job: str) -> State | None:
     done = _run(["scontrol", "show", "job", "-o", job])
     if done.returncode == 0 and done.stdout.strip():
         # Of an array, the line of the array itself is the first.
-        facts = dict(part.partition("=")[::2] for part in done.stdout.splitlines()[0].split() if "=" in part)
-        return State(
-            facts["JobState"],
-            facts.get("Reason", ""),
-            _code(facts["ExitCode"]),
-            int(facts.get("Restarts", 0)),
-        )
+        facts: dict[str, str] = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
+        code, restarts = _code(facts["ExitCode"]), int(facts.get("Restarts", 0))
+        return State(facts["JobState"], facts.get("Reason", ""), code, restarts)
     done = _run(["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job])
     name, bar, code = done.stdout.strip().partition("\n")[0].partition("|")
     return State(name.split()[0], code=_code(code)) if done.returncode == 0 and bar else None

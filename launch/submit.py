@@ -49,6 +49,9 @@ def main(arguments: list[str]) -> int:
         for job in wanted:
             print(jobs.render(job, config), end="")
         return 0
+    if "--follow" in flags and any(len(job.tasks) > 1 for job in wanted):
+        fix = "leave it out; squeue shows the tasks, and each has a log"
+        raise ConfigError("--follow", "an array of jobs", "one log to show", fix)
     slurm.require()
     for job in wanted:
         _prepare(job, config)
@@ -219,17 +222,14 @@ def _submit(job: Job, config: SubmitConfig, previous: Sequence[str]) -> str:
 
 
 def _after(config: SubmitConfig, previous: Sequence[str]) -> list[str]:
-    if previous:  # a stage that can never begin is cancelled rather than kept waiting
-        return [f"--dependency=afterok:{previous[0]}", "--kill-on-invalid-dep=yes"]
+    for number in previous:  # a stage that can never begin is cancelled rather than kept waiting
+        return [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
     return [f"--dependency={config.job.after}"] if config.job.after else []
 
 
 def _follow(wanted: Sequence[Job], numbers: Sequence[str]) -> int:
     code = 0
     for job, number in zip(wanted, numbers, strict=True):
-        if len(job.tasks) > 1:
-            fix = f"squeue -j {number}; tail -f {shlex.quote(job.log.replace('%A', number))}"
-            raise UserError("--follow", "an array of jobs", "one log to show", fix)
         directory = job.tasks[0].directory
         try:
             code = slurm.follow(number, Path(job.log), directory / "slurm" / "job")

@@ -21,6 +21,7 @@ from megafab.data import mixture
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
 from megafab.data.plan import DataPlan
+from megafab.data.skips import Skips
 from megafab.engine.base import Engine
 from megafab.engine.capabilities import mode_of
 from megafab.engine.config import EngineName
@@ -37,6 +38,7 @@ from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Received, Signals, TimeLimit
+from megafab.resilience.spikes import SPIKES_FILE, Spikes
 from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.techniques import catalogue
 from megafab.techniques.base import Clock, Facts, RunPlan
@@ -116,6 +118,7 @@ def build(
         plan=data,
         block=config.data.block,
         max_epochs=config.data.max_epochs,
+        skips=Skips.of(config.data.skip),
     )
     plain = tree.to_tree(config)
     peak = peak_flops(platform.device_name())
@@ -139,6 +142,13 @@ def build(
         signals.saved(seconds)
         telemetry.saved(step, seconds)
 
+    spikes = Spikes(
+        config.resilience.spikes,
+        loader=loader,
+        domains=corpus.domains,
+        file=Path(config.run.dir) / SPIKES_FILE if groups.rank == 0 else None,
+        message=telemetry.message,
+    )
     return Run(
         engine=engine,
         loader=loader,
@@ -165,11 +175,13 @@ def build(
             rates=lambda config, then, now: rates(schedules, _schedules_of(config), then, now),
             message=telemetry.message,
             saved=saved,
+            spikes=spikes,
             group=groups.host,
         ),
         validation=validation,
         invariants=Invariants(engine, groups, config.resilience.check_every),
         signals=signals,
+        spikes=spikes,
         cadence=Cadence(
             eval_every=config.eval.every,
             evaluate=bool(validation.batches),

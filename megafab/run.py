@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megafab.optim.schedules import Schedules
     from megafab.resilience.invariants import Invariants
     from megafab.resilience.signals import Signals
+    from megafab.resilience.spikes import Spike, Spikes
     from megafab.techniques.bus import Bus
     from megafab.telemetry.metrics import Telemetry
 
@@ -325,6 +326,18 @@ class Checkpoints(Protocol):
         """Everything that the step after `progress` depends on; with `wait`, committed when this returns."""
         ...
 
+    def save_first(self, progress: Progress) -> None:
+        """Saves a run that may want to go back and has no checkpoint yet."""
+        ...
+
+    def roll_back(self, step: int, margin: int) -> Progress:
+        """Fills the run's parts as they were `margin` steps before `step`, or earlier."""
+        ...
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -339,7 +352,25 @@ class Run:
     validation: Validation
     invariants: Invariants
     signals: Signals
+    spikes: Spikes
     cadence: Cadence
+
+    def roll_back(self, spike: Spike) -> Progress:
+        """Bring every part back to before a spike; all that stays is what is known of the spike now.
+
+        That is committed at once, as the checkpoint a crash resumes from, and then the later ones go.
+
+        Raises:
+            UserError: there is no checkpoint to go back to, or all are damaged.
+        """
+        with self.telemetry.timers("checkpoint"):
+            progress = self.checkpoints.roll_back(spike.first - 1, self.spikes.margin)
+            self.spikes.decide(spike, progress)
+            self.checkpoints.save(progress, wait=True)
+            self.checkpoints.discard_after(progress.step)
+        self.telemetry.rewind(progress)
+        self.bus.start(progress, self.engine.weights())
+        return progress
 
     def close(self) -> None:
         """Ends what runs beside the loop: the read ahead and the sinks."""

@@ -8,8 +8,9 @@ techniques (`techniques/base.py`). The loop holds no state but the progress: wit
 keeps after step k, step k + 1 of a new process is bit for bit what it would have been.
 
 The host waits for the device where it must: for the gradient norm, which decides whether the update is
-applied, and for the losses on steps that are logged. Ranks agree on a signal about once a second, and within
-an evaluation too: what is left of it, or all, is then made up for when the run goes on.
+applied, and for the losses on steps that are logged, or on all where spikes are looked for. Ranks agree on a
+signal about once a second, and within an evaluation too: what is left of it, or all, is then made up for when
+the run goes on.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ def fit(run: Run) -> Progress:
     exit code that goes with it, is for `run.signals` to say.
 
     Raises:
-        UserError: `train.max_skipped` steps in a row had no finite gradients.
+        UserError: `train.max_skipped` steps in a row had no finite gradients, or a loss spike (where they are
+            looked for) cannot be got past.
     """
     progress = run.checkpoints.restore()
     run.telemetry.start(progress)
     part, weights = run.telemetry.timers, run.engine.weights()
     with closing(run), run.checkpoints:
         run.bus.start(progress, weights)
+        run.checkpoints.save_first(progress)
         progress, leaving = make_up(run, progress)
         if leaving:
             run.telemetry.message(f"{run.signals.name}: left before a step; run the same command to go on")
@@ -62,6 +65,10 @@ def fit(run: Run) -> Progress:
                 outcome = run.engine.update(plan, verdict, stats)
                 run.bus.step(plan, outcome, ledger, weights)
             progress = progress.advance(plan, outcome)
+            spike = run.spikes.look(progress, outcome, ledger)
+            if spike is not None:
+                progress, leaving = make_up(run, run.roll_back(spike))
+                continue
 
             last, leaving, valid = not run.schedules.remaining(progress), run.signals.leave(), None
             if run.cadence.evaluates(progress.step, last):
@@ -107,7 +114,7 @@ def _record(
         loss=losses.loss,
         domain_loss=losses.domain_loss,
         domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
-        extra=run.bus.metrics(losses),
+        extra=run.bus.metrics(losses) | run.spikes.metrics(),
         valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
     )
 

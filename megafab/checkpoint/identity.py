@@ -14,6 +14,7 @@ from megafab.checkpoint.changes import changes
 from megafab.data.config import Packing
 from megafab.data.format import Corpus
 from megafab.data.plan import DataPlan
+from megafab.data.skips import Skips
 
 Identity = Mapping[str, Any]
 
@@ -78,8 +79,8 @@ def carried_on(
 ) -> dict[str, Any]:
     """The loader's state where a run goes on with other data on purpose.
 
-    Samples are counted on. A domain continues where it was if its windows are still the same ones in the
-    same order, and begins anew otherwise.
+    Samples are counted on, and those that were passed over stay so. A domain continues where it was if its
+    windows are still the same ones in the same order, and begins anew otherwise.
 
     Args:
         loader: its state in the checkpoint.
@@ -93,6 +94,7 @@ def carried_on(
         same = same_order and seeds[0] == seeds[1] and then["domains"].get(name) == now["domains"][name]
         return loader["counts"][name] if same else 0
 
+    skipped = Skips.of(pair for pairs in loader.get("skips", {}).values() for pair in pairs)
     same_domains = list(then["domains"]) == list(now["domains"])
     clusters = {}
     if "clusters" in fresh:
@@ -104,6 +106,7 @@ def carried_on(
         **clusters,
         "samples": loader["samples"],
         "counts": {name: count(name) for name in fresh["counts"]},
+        "skips": {"given": [], "found": skipped.before(loader["samples"]).pairs},
         # Its weights go by the order of domains.
         "mixture_log": loader["mixture_log"] if same_domains else [],
     }

@@ -81,6 +81,24 @@ class TechniquesState(Protocol):
         ...
 
 
+class SpikesState(Protocol):
+    """What the controller of loss spikes remembers (`resilience/spikes.py`)."""
+
+    on: bool  # whether there is one
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; `{}` where it was off."""
+        ...
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Takes what is of the past from there, but keeps what led back to it."""
+        ...
+
+
 class Checkpoints:
     """Saves a run and brings it back. All methods are collectives over the ranks of `group`.
 
@@ -103,6 +121,7 @@ class Checkpoints:
         message: shows one line to the user; from any thread.
         saved: is told of each save, once it is committed: its step, and the seconds since it was begun; from
             any thread.
+        spikes: the controller of loss spikes, if the run has one.
         group: process group of host memory; None: all ranks.
     """
 
@@ -121,13 +140,14 @@ class Checkpoints:
         rates: Callable[[Mapping[str, Any], Progress, Progress], str],
         message: Callable[[str], None],
         saved: Callable[[int, float], None],
+        spikes: SpikesState | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config, self._start = config, start
         self._run_dir, self._directory = Path(run_dir), Path(run_dir) / "checkpoints"
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
-        self._rates, self._message, self._saved = rates, message, saved
+        self._rates, self._message, self._saved, self._spikes = rates, message, saved, spikes
         self._group, self._team = group, Team(group)
         self._lineage: list[dict[str, Any]] = []
         self._snapshot, self._background = Snapshot(), Background()
@@ -244,18 +264,81 @@ class Checkpoints:
         ]
         if axes:
             self._message(f"the topology changed: {', '.join(axes)}")
+        if changed_data:
+            self._message(f"the data changed: {'; '.join(changed_data)}")
+        progress = self._load(path, state)
+        if self._spikes is not None:
+            known = state.get("spikes", {})
+            # What is computed otherwise now says nothing about a spike of then.
+            self._spikes.load_state_dict({**known, "suspect": None} if changed or changed_data else known)
+        self._remember(path, state, named)
+        self._message(self._rates(state["config"], progress, progress))
+        return progress
+
+    def save_first(self, progress: Progress) -> None:
+        """Before the first step: see that `roll_back` has somewhere to go, for a run that may ask for it."""
+        if self._spikes is None or not self._spikes.on:
+            return
+        if not self._team.one(self._comparable):
+            self.save(progress)
+
+    def roll_back(self, step: int, margin: int) -> Progress:
+        """Bring the run back to where it was `margin` steps before `step`, or earlier.
+
+        To the last checkpoint from before the margin or, where there is none, to the oldest of those within
+        it; of those of this run with what it computes now. A damaged one is passed over.
+
+        Raises:
+            UserError: there is none, or all are damaged.
+        """
+        failed = self._settled()
+        if failed is not None:
+            self._message(f"{failed}; going back to an earlier checkpoint")
+        own = self._team.one(self._comparable)
+        before = [path for path in own if store.step_of(path) <= step - margin]
+        within = [path for path in own if step - margin < store.step_of(path) <= step]
+        if not (before or within):
+            raise UserError(
+                f"run.dir={self._run_dir}",
+                f"no checkpoint of step {step} or before, to go back to",
+                "one from before the loss spiked",
+                "resume from a copy (checkpoint.resume=PATH), or begin again in another run.dir",
+            )
+        path = self._intact([*before, *reversed(within)])
+        state = self._team.one(lambda: store.read_state(path))
+        progress = self._load(path, state)
+        if self._spikes is not None:
+            self._spikes.rewind(state.get("spikes", {}))
+        self._remember(path, state, named=False)
+        return progress
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that has gone back does not come to."""
+        self._team.one(lambda: store.discard_after(self._directory, step))
+
+    def _comparable(self) -> list[Path]:
+        """This run's checkpoints from which it would take the same steps again, the last committed first."""
+        found = []
+        for path in store.candidates(self._directory):
+            try:
+                state = store.read_state(path)
+                changed = any(changes(state["config"], self._resolved))
+                if not (changed or identity.differences(state["data"], self._data)):
+                    found.append(path)
+            except (OSError, ValueError, LookupError):
+                found.append(path)  # damaged: a check says so
+        return found
+
+    def _load(self, path: Path, state: Mapping[str, Any]) -> Progress:
+        """Fill engine, techniques and loader from a checkpoint; the progress it was written at."""
         self._techniques.load_state_dict(state["techniques"])
         store.load(path, self._tensors(only=state["techniques"]), group=self._group)
         self._engine.load_state_dict(state["engine"])
         position = state["loader"]
-        if changed_data:
-            self._message(f"the data changed: {'; '.join(changed_data)}")
+        if identity.differences(state["data"], self._data):
             position = identity.carried_on(position, self._loader.state_dict(), state["data"], self._data)
         self._loader.load_state_dict(position)
-        self._remember(path, state, named)
-        progress = Progress.from_state(state["progress"])
-        self._message(self._rates(state["config"], progress, progress))
-        return progress
+        return Progress.from_state(state["progress"])
 
     def _write(
         self,
@@ -285,6 +368,7 @@ class Checkpoints:
             "loader": self._loader.state_dict(),
             "engine": self._engine.state_dict(),
             "techniques": self._techniques.state_dict(),
+            "spikes": {} if self._spikes is None else self._spikes.state_dict(),
             "weights_only": False,
             "data": self._data,
             "config": self._resolved,

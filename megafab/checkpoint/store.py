@@ -198,6 +198,18 @@ def candidates(directory: Path) -> list[Path]:
     return [path for _, path in sorted(ranked, reverse=True)]
 
 
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`, to which a run that has gone back does not come."""
+    for path in candidates(directory):
+        if step_of(path) > step:
+            _discard(path)
+
+
+def step_of(path: Path) -> int:
+    """The step of the checkpoint at `path`."""
+    return int(path.name.removeprefix("step_"))
+
+
 def check_latest(directory: Path) -> str:
     """What is wrong with the pointer `latest` in `directory`, which has checkpoints; empty: nothing.
 
@@ -371,7 +383,7 @@ def _expired(directory: Path, keep: int, keep_every: int) -> list[Path]:
     for path in candidates(directory):
         if sound < keep:
             sound += not quick_check(path)
-        elif not keep_every or int(path.name.removeprefix("step_")) % keep_every:
+        elif not keep_every or step_of(path) % keep_every:
             expired.append(path)
     return expired
 

@@ -109,13 +109,15 @@ _AT_LEAST_ONE = (
     *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
     *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
     "techniques.gradual_pruning.every",
+    *("resilience.spikes.window", "resilience.spikes.min_steps", "resilience.spikes.patience"),
+    "resilience.spikes.max_rollbacks",
     *("data.block", "optim.muon.ns_steps", "optim.soap.frequency", "optim.soap.max_dim"),
 )
 _AT_LEAST_ZERO = (
     *("model.moe.experts", "model.moe.shared_ffn", "model.retro.chunk"),
     *("train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
-    *("engine.persistent_parameters", "resilience.check_every"),
+    *("engine.persistent_parameters", "resilience.check_every", "resilience.spikes.margin"),
     *("checkpoint.every", "checkpoint.keep_every"),
 )
 
@@ -156,6 +158,8 @@ _RANGES = (
     Range("schedule.min_ratio", 0, 1, "between 0 and 1"),
     not_negative("data.temperature"),
     positive("data.max_epochs"),
+    positive("resilience.spikes.threshold"),
+    positive("resilience.spikes.norm_threshold"),
 )
 
 
@@ -771,6 +775,47 @@ def _keep_every(facts: Facts) -> Iterator[Violation]:
         yield Violation(f"checkpoint.keep_every={kept}", f"checkpoint.every={every}", expected, fix)
 
 
+@rule("spikes-history")
+def _spikes_history(facts: Facts) -> Iterator[Violation]:
+    spikes, most = facts.config.resilience.spikes, facts.config.train.max_skipped
+    if spikes is None:
+        return
+    least = f"resilience.spikes.min_steps={spikes.min_steps}"
+    if spikes.min_steps > spikes.window:
+        expected = f"at most resilience.spikes.window={spikes.window}, which is all that is remembered"
+        fix = f"resilience.spikes.min_steps={spikes.window}"
+        yield Violation(least, f"{spikes.min_steps}", expected, fix)
+    if spikes.min_steps < 2 * spikes.patience:
+        expected = f"at least twice resilience.spikes.patience={spikes.patience}, to keep its median in place"
+        fix = f"resilience.spikes.min_steps={2 * spikes.patience} or more"
+        yield Violation(least, f"{spikes.min_steps}", expected, fix)
+    if spikes.patience > most:
+        expected = f"at most train.max_skipped={most}, which would end the run first"
+        fix = f"resilience.spikes.patience={most}, or a larger train.max_skipped"
+        where = f"resilience.spikes.patience={spikes.patience}"
+        yield Violation(where, f"{spikes.patience}", expected, fix)
+
+
+@rule("spikes-checkpoints")
+def _spikes_checkpoints(facts: Facts) -> Iterator[Violation]:
+    """When a spike is found, a checkpoint from before its margin is still there, however the saves fell."""
+    spikes, checkpoint = facts.config.resilience.spikes, facts.config.checkpoint
+    if spikes is None:
+        return
+    every, keep = checkpoint.every, checkpoint.keep
+    reach = spikes.margin + spikes.patience
+    if not every:
+        fix = f"checkpoint.every={max(1, reach)}, for example"
+        yield Violation("resilience.spikes", "checkpoint.every=0", "checkpoints to go back to", fix)
+    elif (keep - 1) * every < reach:
+        where = f"checkpoint.keep={keep} checkpoint.every={every}"
+        expected = (
+            f"{reach} or more, resilience.spikes.margin={spikes.margin} and the patience of {spikes.patience}"
+        )
+        fix = f"checkpoint.keep={-(-reach // every) + 1}, or a smaller resilience.spikes.margin"
+        yield Violation(where, f"checkpoints of the last {(keep - 1) * every} steps", expected, fix)
+
+
 @rule("start")
 def _start(facts: Facts) -> Iterator[Violation]:
     start, resume = facts.config.start, facts.config.checkpoint.resume
@@ -872,6 +917,21 @@ def _mixture_block(facts: Facts) -> Iterator[Violation]:
         if size % block:
             where, fix = f"data.block={block}", f"data.block=1, or {key}={_next_multiple(size, block)}"
             yield Violation(where, f"{key}={size}", "whole blocks in every step", fix)
+
+
+@rule("skip", relates=False)
+def _skip(facts: Facts) -> Iterator[Violation]:
+    data = facts.config.data
+    for pair in map(list, data.skip):
+        where, found = f"data.skip={[list(pair) for pair in data.skip]}", f"{pair}"
+        if len(pair) != 2 or pair[0] < 0 or pair[1] < 1:
+            fix = "data.skip=[[1000,64]] passes over samples 1000 to 1063"
+            yield Violation(where, found, "[first, count] of samples, from 0 on and at least one", fix)
+        elif data.block > 0 and any(number % data.block for number in pair):
+            expected = f"whole blocks of data.block={data.block} samples, for steps to have whole ones"
+            first = pair[0] // data.block * data.block
+            fix = f"give [{first},{_next_multiple(sum(pair) - first, data.block)}]"
+            yield Violation(where, found, expected, fix)
 
 
 @rule("domain-length")

@@ -23,6 +23,7 @@ class DataConfig:
     mixture: dict[str, float] | None = None  # domain weights; null: by training tokens
     temperature: float = 1.0  # of mixture=null: weights are tokens^temperature; 0: all domains alike
     max_epochs: float | None = None  # a domain read this often is left out from then on; null: no limit
+    skip: tuple[tuple[int, ...], ...] = ()  # [first, count] of samples to pass over, as sample ids go
     block: int = 1  # samples in a row that come from one domain; train.micro_batch: a domain a micro-batch
     packing: Packing = Packing.document
     retrieval: str | None = None  # neighbours of the chunks, by `megafab data retrieval`: a name or a path

@@ -5,9 +5,10 @@ A sample is a window of `seq_len + 1` consecutive tokens of one domain, starting
 domain that `mixture.draw` says; it is that domain's k-th sample, k being the count of earlier ones, and
 `order.visit` says which window the k-th is. So the state is the number of samples and a count by domain.
 A curriculum draws among the windows that it admits instead (`data/clusters.py`), and adds their clusters.
+Samples that are skipped (`data/skips.py`) are drawn and counted, but not read.
 
 Shape suffixes: B rows of a data rank, L sequence length, W = L + 1 tokens of a window, D domains,
-G samples of a step over all data ranks.
+G samples of a step over all data ranks, N the same with those it passes over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megafab.data.format import window_count
 from megafab.data.packing import pack, put_in_front
 from megafab.data.plan import Column, DataPlan
 from megafab.data.retrieved import Retrieval
+from megafab.data.skips import Skips, Stretch
 from megafab.errors import UserError
 from megafab.run import Batch, StepPlan
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from megafab.data.format import Corpus
 
 
+_NONE = Skips()
 _LOG = 1000  # stretches of the mixture that are remembered; an online policy makes one a step
 
 
@@ -48,10 +51,17 @@ class _Step:
     weights_D: tuple[float, ...]
     replayed: tuple[int, ...]
     clusters_D: tuple[Clusters, ...] | None
+    skips: Skips
 
 
-# This data rank's rows, and the counts and clusters after the step.
-_Read = tuple[Batch, tuple[int, ...], tuple[Clusters, ...] | None]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """This data rank's rows, and the samples, counts and clusters after the step."""
+
+    batch: Batch
+    samples: int
+    counts_D: tuple[int, ...]
+    clusters_D: tuple[Clusters, ...] | None
 
 
 class Loader:
@@ -74,6 +84,7 @@ class Loader:
         plan: what techniques have asked for; None: nothing.
         block: samples in a row that come from one domain.
         max_epochs: a domain that was read this often is left out from then on; None: no limit.
+        skips: samples to pass over.
     """
 
     def __init__(
@@ -90,6 +101,7 @@ class Loader:
         plan: DataPlan | None = None,
         block: int = 1,
         max_epochs: float | None = None,
+        skips: Skips = _NONE,
     ) -> None:
         assert 0 <= data_rank < data_ranks
         self._plan = plan or DataPlan(corpus)
@@ -106,6 +118,8 @@ class Loader:
         self._counts_D = (0,) * len(corpus.domains)
         self._clusters_D = (Clusters(),) * len(corpus.domains) if self._plan.difficulty else None
         self._log: list[tuple[int, tuple[float, ...]]] = []
+        self._given, self._found = skips, Skips()
+        self._last: Stretch | None = None
         self._prefetch = prefetch
         self._ahead: _Ahead | None = None
 
@@ -125,25 +139,29 @@ class Loader:
             tuple(plan.domain_weights),
             plan.replayed,
             self._admit(plan),
+            self._skips,
         )
         new_weights = not self._log or self._log[-1][1] != step.weights_D
         if new_weights:
             require_windows(self._corpus, self._split, self._seq_len, step.weights_D)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.step == step:
-            batch, counts_D, clusters_D = ahead.result()
+            read = ahead.result()
         else:
             if ahead is not None:
                 ahead.join()
-            batch, counts_D, clusters_D = self._read(step)
+            read = self._read(step)
         if new_weights:
             self._log = [*self._log[-_LOG:], (step.first_sample, step.weights_D)]
-        self._samples += step.global_batch
-        self._counts_D, self._clusters_D = counts_D, clusters_D
+        counts_D = tuple(np.subtract(read.counts_D, step.counts_D).tolist())
+        self._last = Stretch(step.first_sample, read.samples - step.first_sample, counts_D)
+        self._samples, self._counts_D, self._clusters_D = read.samples, read.counts_D, read.clusters_D
         if self._prefetch:
-            guess = replace(step, first_sample=self._samples, counts_D=counts_D, clusters_D=clusters_D)
+            guess = replace(
+                step, first_sample=read.samples, counts_D=read.counts_D, clusters_D=read.clusters_D
+            )
             self._ahead = _Ahead(guess, self._read)
-        return batch
+        return read.batch
 
     def limit(self, plan: StepPlan) -> StepPlan:
         """The plan without the domains that were read `max_epochs` times; the others share their weight.
@@ -174,9 +192,23 @@ class Loader:
             )
         return replace(plan, domain_weights=weights_D)
 
+    def skip(self, first: int, count: int) -> None:
+        """Pass over `count` samples from `first` on, which is none that was read already.
+
+        The state remembers it. What was read ahead is read again.
+        """
+        assert first >= self._samples, (first, self._samples)
+        self._found |= Skips.of([(first, count)])
+
+    @property
+    def last(self) -> Stretch:
+        """The samples that the last step went through. Only after a `take`."""
+        assert self._last is not None
+        return self._last
+
     @property
     def consumed(self) -> dict[str, dict[str, float]]:
-        """What was read so far, by domain: `samples`, and `epochs` as a fraction of its windows."""
+        """What was read or skipped, by domain: `samples`, and `epochs` as a fraction of its windows."""
         epochs_D = np.divide(self._counts_D, np.maximum(self._reader.windows_D, 1))
         return {
             name: {"samples": count, "epochs": float(epochs)}
@@ -189,6 +221,7 @@ class Loader:
         `samples` and `counts` resume the order; `mixture_log` holds [first sample, weights] of the last
         stretches of constant weights, and `epochs` is for the reader; `order` is what the counts refer to,
         checked by `load_state_dict`. Under a curriculum, `clusters` has [edge, visits] of each by domain.
+        `skips` has [first, count] of the samples passed over: those given, and those found since.
         """
         epochs_D = self._counts_D // np.maximum(self._reader.windows_D, 1)
         clusters = {}
@@ -203,6 +236,7 @@ class Loader:
             "epochs": dict(zip(self._corpus.domains, epochs_D.tolist(), strict=True)),
             "mixture_log": [[first, list(weights_D)] for first, weights_D in self._log],
             "order": self._order(),
+            "skips": {"given": self._given.pairs, "found": self._found.pairs},
             **clusters,
         }
 
@@ -211,7 +245,8 @@ class Loader:
 
         Raises:
             UserError: the state counts windows of other shards, or in another order, so that continuing
-                would repeat some and skip others without a word.
+                would repeat some and skip others without a word; or samples are to be skipped that it has
+                read, or the other way round.
         """
         for what, now in self._order().items():
             then = state["order"].get(what)
@@ -224,12 +259,30 @@ class Loader:
                     "or start a new stage, which counts from 0",
                 )
         self._samples = int(state["samples"])
+        skips = state.get("skips", {"given": [], "found": []})  # older checkpoints say nothing of them
+        self._found = Skips.of(skips["found"])
+        self._require_same_skips(Skips.of(skips["given"]) | self._found)
         self._counts_D = tuple(int(state["counts"][name]) for name in self._corpus.domains)
         self._log = [(int(first), tuple(weights_D)) for first, weights_D in state["mixture_log"]]
         if self._clusters_D is not None:
             self._clusters_D = tuple(
                 Clusters(tuple(edge for edge, _ in pairs), tuple(visits for _, visits in pairs))
                 for pairs in map(state["clusters"].get, self._corpus.domains)
+            )
+
+    @property
+    def _skips(self) -> Skips:
+        return self._given | self._found
+
+    def _require_same_skips(self, then: Skips) -> None:
+        """What lies behind cannot be read or passed over any more."""
+        past, now = then.before(self._samples), self._skips.before(self._samples)
+        if past != now:
+            raise UserError(
+                f"data.skip={self._given.pairs}",
+                f"a run of {self._samples:,} samples so far that has passed over {past.pairs} of them",
+                f"the same ranges up to there, and not {now.pairs}",
+                "change data.skip for later samples only, or begin a new run.dir",
             )
 
     def close(self) -> None:
@@ -267,57 +320,54 @@ class Loader:
 
     def _read(self, step: _Step) -> _Read:
         """The rows of this data rank, and the state after the step. Changes nothing."""
-        domain_G = mixture.draw(
-            self._seed,
-            step.first_sample,
-            step.global_batch,
-            step.weights_D,
-            block=self._block,
-            replayed=step.replayed,
+        first = step.first_sample
+        kept_G = step.skips.kept(first, step.global_batch) - first  # among the N samples gone through
+        count = int(kept_G[-1]) + 1
+        domain_N = mixture.draw(
+            self._seed, first, count, step.weights_D, block=self._block, replayed=step.replayed
         )
         counts_D = np.array(step.counts_D, np.int64)
-        index_G = counts_D[domain_G] + mixture.occurrence(domain_G)
-        after_D = tuple((counts_D + np.bincount(domain_G, minlength=len(counts_D))).tolist())
+        index_N = counts_D[domain_N] + mixture.occurrence(domain_N)
+        after_D = tuple((counts_D + np.bincount(domain_N, minlength=len(counts_D))).tolist())
 
-        sample_G = np.arange(step.global_batch)
-        mine = sample_G.reshape(-1, self._data_ranks, step.micro_batch)[:, self._data_rank].ravel()
-        domain_B = domain_G[mine]
+        mine = kept_G.reshape(-1, self._data_ranks, step.micro_batch)[:, self._data_rank].ravel()
+        domain_B = domain_N[mine]
         windows_B = self._reader.windows_D[domain_B]
-        window_B = order.visit(index_G[mine], windows_B, self._window_keys_D[domain_B])
+        window_B = order.visit(index_N[mine], windows_B, self._window_keys_D[domain_B])
         clusters_D = step.clusters_D
         if clusters_D is not None:
             # What is replayed keeps the order it was first read in.
             easy_B = ~np.isin(domain_B, step.replayed)
             window_B[easy_B], clusters_D = self._draw(
-                clusters_D, domain_G, index_G, mine[easy_B], spared=step.replayed
+                clusters_D, domain_N, index_N, mine[easy_B], spared=step.replayed
             )
-        batch = self._reader.read(domain_B, window_B, step.first_sample + mine)
-        return batch, after_D, clusters_D
+        batch = self._reader.read(domain_B, window_B, first + mine)
+        return _Read(batch, first + count, after_D, clusters_D)
 
     def _draw(
         self,
         clusters_D: tuple[Clusters, ...],
-        domain_G: np.ndarray,
-        index_G: np.ndarray,
+        domain_N: np.ndarray,
+        index_N: np.ndarray,
         mine: np.ndarray,
         *,
         spared: Sequence[int],
     ) -> tuple[np.ndarray, tuple[Clusters, ...]]:
-        """The windows of the samples `mine`, drawn among those admitted, and the clusters after all of G.
+        """The windows of the samples `mine`, drawn among those admitted, and the clusters after all of N.
 
         Domains in `spared` are not drawn from, and have none of `mine`.
         """
         difficulty = self._plan.difficulty
         assert difficulty is not None
         parts, after_D = [], list(clusters_D)
-        for domain in np.setdiff1d(domain_G, spared).tolist():
-            name, here = self._corpus.domains[domain], np.flatnonzero(domain_G == domain)
+        for domain in np.setdiff1d(domain_N, spared).tolist():
+            name, here = self._corpus.domains[domain], np.flatnonzero(domain_N == domain)
             seed = self._plan.order_seeds.get(name, self._seed)
-            drawn, after_D[domain] = clusters_D[domain].draw(seed, name, index_G[here])
+            drawn, after_D[domain] = clusters_D[domain].draw(seed, name, index_N[here])
             parts.append((here, drawn))
-        place_B = Drawn.gather(parts, len(domain_G), mine).place()
+        place_B = Drawn.gather(parts, len(domain_N), mine).place()
         windows = difficulty.windows
-        pairs = zip(domain_G[mine].tolist(), place_B.tolist(), strict=True)
+        pairs = zip(domain_N[mine].tolist(), place_B.tolist(), strict=True)
         return np.array([windows[domain][place] for domain, place in pairs], np.int64), tuple(after_D)
 
 

@@ -7,8 +7,9 @@ matrices the ranks share out whole (`layerwise.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megafab.engine.config import EngineConfig
@@ -18,7 +19,7 @@ from megafab.engine.scheduled import ScheduledEngine
 from megafab.engine.sharded import Sharding
 from megafab.model.gpt import GPT
 from megafab.model.plan import ModelPlan
-from megafab.model.tags import tag_all
+from megafab.model.tags import TaggedParameter, tag_all
 from megafab.optim.config import WHOLE_MATRICES, OptimConfig
 from megafab.topology.groups import Groups
 
@@ -42,8 +43,18 @@ class MegatronEngine(ScheduledEngine):
             if whole_matrices
             else Distributed(wrapped, tagged, plan.transformer, groups, engine, optim)
         )
+        self._gathers_later = wrapped if engine.overlap_param_gather else []
         no_sync = [chunk.no_sync for chunk in wrapped] if engine.overlap_grad_reduce else []
         return Sharding(wrapped, tagged, optimizer, no_sync)
+
+    def copies(self) -> Iterator[tuple[TaggedParameter, torch.Tensor]]:
+        """Each parameter with what this rank has of it between two layers. A collective.
+
+        Gathers that the next forward pass would overlap are done now: until then a rank has old weights.
+        """
+        for chunk in self._gathers_later:
+            chunk.start_param_sync(force_sync=True)
+        return super().copies()
 
 
 def _wrap(

@@ -82,6 +82,15 @@ class Telemetry:
             self._open.callback(sink.close)
         self._mark(progress)
 
+    def rewind(self, progress: Progress) -> None:
+        """Go on at an earlier `progress`: void what was recorded beyond it, start the clock."""
+        self._step = progress.step
+        if self._session is not None:
+            self._session.rewind(progress.step, self._since_record())
+        for sink in self._sinks:
+            sink.rewind(progress.step)
+        self._mark(progress)
+
     def begin(self, step: int) -> None:
         """Say that step `step` (counted from 1) begins; a step that is due has its parts timed exactly."""
         self._step = step
@@ -174,9 +183,7 @@ class Telemetry:
     def close(self) -> None:
         """Close every sink, the last opened first, so that the terminal still shows what the others say."""
         if self._session is not None:
-            paused = self._paused_since()
-            training = time.perf_counter() - self._since_time - sum(paused.values())
-            self._session.end(self._step, {"training": training, **paused})
+            self._session.end(self._step, self._since_record())
         self._open.close()
 
     def _mark(self, progress: Progress) -> None:
@@ -194,6 +201,11 @@ class Telemetry:
     def _paused(self) -> dict[str, float]:
         totals = self.timers.totals
         return {name: totals.get(name, 0.0) for name in PAUSES}
+
+    def _since_record(self) -> dict[str, float]:
+        paused = self._paused_since()
+        training = time.perf_counter() - self._since_time - sum(paused.values())
+        return {"training": training, **paused}
 
     def _paused_since(self) -> dict[str, float]:
         return {name: now - self._since_paused[name] for name, now in self._paused().items()}

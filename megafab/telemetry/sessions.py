@@ -12,6 +12,7 @@ One JSON object a line, `event` and `time` (seconds since 1970) in each:
     began       by rank 0 as training begins: session, started (its process), step, ranks, and of the rows
                 beyond that step, which are void now: dropped_seconds, dropped_until
     saved       a checkpoint is on the disk: step, seconds it took
+    rewound     the run went back to step: dropped_seconds, of this session's rows beyond it and since then
     left        by rank 0 at the end: training, evaluate, checkpoint, seconds since the last row; kept:
                 whether a checkpoint has all of it
     released    by the job script at its end: job, code, cause
@@ -94,7 +95,7 @@ class Session:
         """Training goes on after `step`, and rows beyond are about to be dropped."""
         self._run_dir.mkdir(parents=True, exist_ok=True)
         events = read_events(self._run_dir)
-        rows = read_rows(self._run_dir / METRICS_FILE) if (self._run_dir / METRICS_FILE).exists() else []
+        rows = self._rows()
         earlier = [
             *(event["session"] for event in events if event["event"] == "began"),
             *(row.get("session", 1) for row in rows),
@@ -124,9 +125,22 @@ class Session:
         self._saved_step = step
         self._note("saved", step=step, seconds=seconds)
 
+    def rewind(self, step: int, seconds: Mapping[str, float]) -> None:
+        """The run goes back to `step`, and rows beyond are about to be dropped; `seconds` as for `end`."""
+        rows = [row for row in self._rows() if row["session"] == self.number]
+        facts = _dropped(rows, step)
+        void = sum(_useful(row) for row in rows if row["step"] > step)
+        self._useful -= void - facts.get("kept_seconds", 0.0)
+        facts["dropped_seconds"] += sum(seconds.values())
+        self._note("rewound", step=step, **facts)
+
     def end(self, step: int, seconds: Mapping[str, float]) -> None:
         """The run is left after `step`; `seconds` since the last row: training, evaluate, checkpoint."""
         self._note("left", step=step, kept=self._saved_step >= step, **seconds)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        path = self._run_dir / METRICS_FILE
+        return read_rows(path) if path.exists() else []
 
     def _note(self, event: str, **facts: Any) -> None:
         # One write to the end of the file: the job script adds lines of its own.
@@ -157,10 +171,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             event = json.loads(line)
-            event["event"], float(event["time"])
+            events.append({**event, "event": event["event"], "time": float(event["time"])})
         except (ValueError, TypeError, KeyError):
             continue
-        events.append(event)
     return events
 
 
@@ -272,10 +285,10 @@ def _of_session(
         one.useful += _useful(row)
         one.lost["evaluation"] += row.get("evaluate_seconds", 0.0)
         one.lost["checkpoints"] += row.get("checkpoint_seconds", 0.0)
-    if following is not None:
-        one.lost["repeated steps"] += following.get("dropped_seconds", 0.0)
-        one.useful += following.get("kept_seconds", 0.0)
-        one.lost["checkpoints"] += following.get("kept_pause_seconds", 0.0)
+    for event in (following or {}, *(event for event in part if event["event"] == "rewound")):
+        one.lost["repeated steps"] += event.get("dropped_seconds", 0.0)
+        one.useful += event.get("kept_seconds", 0.0)
+        one.lost["checkpoints"] += event.get("kept_pause_seconds", 0.0)
     left = next((event for event in part if event["event"] == "left"), None)
     if left is not None:
         one.lost["evaluation"] += left["evaluate"]

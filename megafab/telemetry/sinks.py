@@ -43,6 +43,9 @@ class Sink(ABC):
     def open(self, step: int) -> None:
         """Begin, or go on, after `step`: what an earlier session recorded beyond it is void."""
 
+    def rewind(self, step: int) -> None:  # noqa: B027 - some lay steps taken again over the earlier ones
+        """Go on after `step` once more: what this session recorded beyond it is void."""
+
     @abstractmethod
     def record(self, record: StepRecord) -> None:
         """Take one logged step."""
@@ -76,6 +79,14 @@ class JsonlSink(Sink):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._path.with_name(HEADER_FILE), json.dumps(dict(self._header), indent=2) + "\n")
         replace_text(self._path.with_name(CONFIG_FILE), yaml.safe_dump(dict(self._config), sort_keys=False))
+        self._continue(step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, which are written again."""
+        self._file.close()
+        self._continue(step)
+
+    def _continue(self, step: int) -> None:
         if self._path.exists():
             truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -122,6 +133,11 @@ class StagesSink(Sink):
         replace_text(self._path, "".join(map(to_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
 
+    def rewind(self, step: int) -> None:
+        """Likewise, with what this session has written."""
+        self._file.close()
+        self.open(step)
+
     def record(self, record: StepRecord) -> None:
         """Append one row."""
         row = record.row
@@ -166,6 +182,11 @@ class TensorBoardSink(Sink):
     def open(self, step: int) -> None:
         """Start a new event file; TensorBoard hides what older ones hold beyond `step`."""
         self._writer = self._make_writer(str(self._dir), purge_step=step + 1, flush_secs=30)
+
+    def rewind(self, step: int) -> None:
+        """Likewise, with what this session has written."""
+        self._writer.close()
+        self.open(step)
 
     def record(self, record: StepRecord) -> None:
         """Every number of the row as a scalar."""

@@ -122,6 +122,7 @@ class Run:
         data=DATA,
         config=CONFIG,
         start=None,
+        spikes=None,
         **settings: Any,
     ) -> None:
         self.engine, self.loader, self.average = Engine(rank, world), Loader(), Average()
@@ -139,6 +140,7 @@ class Run:
             rates=lambda config, then, now: f"lr {config['optim']['lr']} from {then.step} to {now.step}",
             message=self.messages.append,
             saved=lambda step, seconds: None,
+            spikes=spikes,
         )
 
     def train_to(self, step: int, wait: bool = False) -> Path:
@@ -184,6 +186,128 @@ def test_a_run_comes_back_as_it_was(ranks, tmp_path):
     assert ranks.run(resume, str(tmp_path)) == [
         (progress, (local * 2, local * 2, 20, 80, 20, [10.0, 10.5, 11.0, 11.5] * 2))
     ]
+
+
+# -- going back within a run ---------------------------------------------------------------------------------
+
+
+class Controller:
+    """Of loss spikes: has seen so many steps, and looks into one."""
+
+    on = True
+
+    def __init__(self) -> None:
+        self.seen, self.suspect = 0, 0
+
+    def state_dict(self):
+        return {"seen": self.seen, "suspect": self.suspect}
+
+    def load_state_dict(self, state):
+        self.suspect = state.get("suspect", 0)
+        self.rewind(state)
+
+    def rewind(self, state):
+        self.seen = state.get("seen", 0)
+
+
+def go_back(rank, world, directory, settings, steps, step, margin, damaged=()):
+    """Saves after each of `steps`, goes back, and commits that; what the run is then, on disk and off it."""
+    controller = Controller()
+    run = Run(rank, world, directory, spikes=controller, **settings)
+    run.checkpoints.save_first(Progress())
+    for number in steps:
+        controller.seen = number
+        run.train_to(number)
+    if damaged and rank == 0:
+        run.checkpoints._background.wait()
+        for number in damaged:
+            next((Path(directory) / f"checkpoints/step_{number:08d}/tensors").iterdir()).unlink()
+    controller.suspect = step
+    progress = run.checkpoints.roll_back(step, margin)
+    was = run.seen(), controller.seen
+    run.checkpoints.save(progress, wait=True)
+    run.checkpoints.discard_after(progress.step)
+    resumed = Run(rank, world, directory, spikes=Controller())
+    assert resumed.checkpoints.restore() == progress
+    there = sorted(path.name for path in (Path(directory) / "checkpoints").glob("step_*"))
+    remembers = resumed.checkpoints._spikes.state_dict()
+    return progress.step, was, [int(name[5:]) for name in there], remembers, run.messages
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_goes_back_and_later_checkpoints_go(ranks, tmp_path, asynchronous):
+    """What the controller knows of the spike stays, its history is that of the checkpoint."""
+    settings = {"keep": 9, "asynchronous": asynchronous}
+    for step, was, there, remembers, _ in ranks.run(
+        go_back, str(tmp_path), settings, (10, 20, 30), 25, 5, world=2
+    ):
+        assert step == 20
+        local = [30.0, 32.0, 34.0, 36.0]  # 10 + 20, and 0 to 3 twice
+        assert was == ((local, local, 20, 80, 20, [15.0, 16.0, 17.0, 18.0]), 20)
+        assert there == [0, 10, 20]
+        assert remembers == {"seen": 20, "suspect": 25}
+
+
+@pytest.mark.parametrize(
+    ("margin", "damaged", "expected"),
+    [(5, (), 20), (6, (), 10), (5, (20,), 10), (15, (10,), 0), (99, (), 0), (99, (0,), 10)],
+)
+def test_where_a_run_goes_back_to(ranks, tmp_path, margin, damaged, expected):
+    """Before the margin, if there is a sound checkpoint so old; else to the oldest one."""
+    ((step, _, there, _, messages),) = ranks.run(
+        go_back, str(tmp_path), {"keep": 9}, (10, 20, 30), 25, margin, damaged
+    )
+    assert step == expected
+    assert max(there) == expected
+    assert sum("passing over a damaged checkpoint" in text for text in messages) == len(damaged)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(ranks, tmp_path):
+    with pytest.raises(UserError) as caught:
+        ranks.run(go_back, str(tmp_path), {"keep": 1}, (10, 20, 30), 25, 5, world=2)
+    assert str(caught.value) == (
+        f"run.dir={tmp_path}: found no checkpoint of step 25 or before, to go back to, expected one from "
+        "before the loss spiked. Fix: resume from a copy (checkpoint.resume=PATH), or begin again in another "
+        "run.dir"
+    )
+
+
+def go_on_otherwise(rank, world, directory):
+    """A run that goes on with another learning rate, and comes upon a spike soon."""
+    first = Run(rank, world, directory, spikes=Controller(), keep=9)
+    first.checkpoints.save_first(Progress())
+    first.train_to(10)
+    first.checkpoints._spikes.suspect = 15
+    first.train_to(20)
+    there, config = [], {**CONFIG, "optim": {"name": "sgd", "lr": 0.05}}
+    for now in (CONFIG, config):
+        run = Run(rank, world, directory, spikes=Controller(), keep=9, config=now)
+        progress = run.checkpoints.restore()
+        there.append(run.checkpoints._spikes.suspect)
+        run.checkpoints.save_first(progress)
+        run.train_to(30)
+        there.append(run.checkpoints.roll_back(30, 15).step)
+        run.checkpoints.discard_after(20)
+    return there
+
+
+def test_a_run_goes_back_to_where_it_computed_what_it_does_now(ranks, tmp_path):
+    """Else a replay would say nothing: not further than to where it went on with other settings."""
+    assert ranks.run(go_on_otherwise, str(tmp_path)) == [[15, 10, None, 20]]
+
+
+def test_only_a_run_that_may_go_back_begins_with_a_checkpoint(ranks, tmp_path):
+    assert ranks.run(first_saves, str(tmp_path)) == [["step_00000000"]]
+
+
+def first_saves(rank, world, directory):
+    for controller in (None, Controller()):
+        run = Run(rank, world, directory, spikes=controller)
+        run.checkpoints.save_first(Progress())
+        there = [path.name for path in (Path(directory) / "checkpoints").glob("step_*")]
+        assert bool(there) == (controller is not None)
+    run.checkpoints.save_first(Progress(7))  # it has one
+    return [path.name for path in (Path(directory) / "checkpoints").glob("step_*")]
 
 
 def test_a_change_of_topology_is_told(ranks, tmp_path):

@@ -91,6 +91,19 @@ def test_a_flipped_bit_is_found_and_its_ranks_are_named(case, ranks, corpus, tmp
     assert messages[0].startswith(f"parameter {name}: found ranks that hold it alike disagree: {found}")
 
 
+def test_gathers_that_are_still_to_come_are_no_difference(ranks, corpus, tmp_path):
+    """Checked after every step, and the losses are those of a run that is not checked."""
+    from training import rows, train
+
+    fixed = [*SMALL_MODEL, *SHORT_RUN, f"data.path={corpus}", "engine.overlap_param_gather=true"]
+    losses = []
+    for every in (1, 0):
+        more = [f"run.dir={tmp_path / str(every)}", f"resilience.check_every={every}", "train.steps=6"]
+        ranks.run(train, [*fixed, *more], world=2, init=False)
+        losses.append([(row["loss"], row["grad_norm"]) for row in rows(tmp_path / str(every))])
+    assert losses[0] == losses[1]
+
+
 def test_a_trained_model_keeps_its_copies(ranks, corpus, tmp_path):
     """Checked after every step, at a layout that has copies along every axis."""
     from training import rows, train

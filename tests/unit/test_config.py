@@ -28,6 +28,7 @@ from megafab.config.tree import (
 from megafab.errors import ConfigError, ConfigErrors
 from megafab.model.config import MoEConfig, Norm
 from megafab.model.shape import ModelShape
+from megafab.resilience.config import SpikesConfig
 from megafab.techniques.config import EMAConfig, TechniquesConfig, ZLossConfig
 
 BASE = ("model=llama_tiny", "data.path=corpus", "train.steps=20")
@@ -92,6 +93,14 @@ def test_sections_merge_and_mappings_are_replaced():
     assert config.data.mixture == {"a": 1.0, "b": 3.0, "c": 2.0}
     assert load([*BASE, "data.mixture={a: 1}", "data.mixture={b: 2}"]).data.mixture == {"b": 2.0}
     assert load([*BASE, "data.mixture.books=0.5"]).data.mixture == {"books": 0.5}
+
+
+def test_the_controller_of_spikes_is_switched_on_by_its_section():
+    assert load(BASE).resilience.spikes is None
+    assert load([*BASE, "resilience.spikes={}"]).resilience.spikes == SpikesConfig()
+    on = [*BASE, "resilience.spikes={margin: 20, norm_threshold: 9}", "resilience.spikes.patience=2"]
+    assert load(on).resilience.spikes == SpikesConfig(margin=20, norm_threshold=9.0, patience=2)
+    assert load([*BASE, "data.skip=[[8,4],[100,1]]"]).data.skip == ((8, 4), (100, 1))
 
 
 def test_numbers_are_taken_as_people_write_them():
@@ -169,6 +178,11 @@ VALUE_MISTAKES = {
         "z_loss switched off",
         "z_loss among technique=[...]",
         "add technique=[z_loss]",
+    ),
+    "resilience.spikes.margin=9": (
+        "resilience.spikes is null",
+        "a section",
+        "set resilience.spikes={...}",
     ),
     "optim.muon.momentum=0.9": ("optim.muon is null", "optim=muon", "add optim=muon"),
     "train.steps": ("something that is not an override", "key=value", "write key=value"),

@@ -12,6 +12,8 @@ from megafab.checkpoint.identity import carried_on, differences, identity
 from megafab.data.config import Packing
 from megafab.data.loader import Loader
 from megafab.data.plan import DataPlan
+from megafab.data.skips import Skips
+from megafab.errors import UserError
 from megafab.run import StepPlan
 
 WEIGHTS = (0.75, 0.25)
@@ -59,9 +61,9 @@ def test_every_setting_counts(base, tmp_path):
     ]
 
 
-def loader(found, seed: int = 3) -> Loader:
+def loader(found, seed: int = 3, **more: Any) -> Loader:
     settings: dict[str, Any] = {"split": "train", "seed": seed, "seq_len": 8, "packing": Packing.document}
-    return Loader(found, **settings, data_rank=0, data_ranks=1, prefetch=False)
+    return Loader(found, **settings, **more, data_rank=0, data_ranks=1, prefetch=False)
 
 
 def plan(step: int, weights: tuple[float, ...] = WEIGHTS) -> StepPlan:
@@ -104,6 +106,23 @@ def test_a_change_of_the_mixture_alone_repeats_nothing(tmp_path):
         unbroken.take(plan(step))
     only_code = plan(3, (0.0, 1.0))
     assert continued.take(only_code).tokens_BL.equal(unbroken.take(only_code).tokens_BL)
+
+
+def test_skipped_samples_stay_skipped_where_a_run_reads_on(tmp_path):
+    """Whoever named them: the run that goes on need not name them again, and cannot skip more of the past."""
+    old, other = corpus(tmp_path / "old"), corpus(tmp_path / "other", books=800)
+    first = loader(old, skips=Skips.of([(2, 3), (50, 9)]))
+    for step in range(2):
+        first.take(plan(step))
+    first.skip(20, 4)
+    for facts in (described(old), described(other)):
+        state = carried_on(first.state_dict(), loader(old).state_dict(), described(old), facts)
+        assert state["skips"] == {"given": [], "found": [[2, 3]]}
+    second = loader(old, skips=Skips.of([(2, 3), (15, 2)]))
+    second.load_state_dict(state)
+    assert second.take(plan(2)).sample_B.tolist() == [11, 12, 13, 14]
+    with pytest.raises(UserError, match=r"passed over \[\[2, 3\]\] of them"):
+        loader(old, skips=Skips.of([(7, 2)])).load_state_dict(state)
 
 
 def test_what_decides_the_order_beside_the_shards_is_told(base, tmp_path):

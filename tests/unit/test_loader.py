@@ -21,7 +21,8 @@ from megafab.data.config import Packing
 from megafab.data.format import Corpus
 from megafab.data.loader import Loader, validation_batches
 from megafab.data.mixture import draw
-from megafab.data.plan import DataPlan
+from megafab.data.plan import DataPlan, Difficulty
+from megafab.data.skips import Skips, Stretch
 from megafab.errors import UserError
 from megafab.run import Batch, StepPlan
 
@@ -355,6 +356,126 @@ def test_state_does_not_grow(corpus: Corpus):
     assert late["epochs"]["web"] == late["counts"]["web"] // 9
     digits = re.compile(r"\d+")
     assert digits.sub("0", json.dumps(late)) == digits.sub("0", json.dumps(early))
+
+
+# --- samples that are skipped -------------------------------------------------------------------------
+
+SKIPPED = [(5, 9), (16, 8), (40, 1), (70, 100)]
+
+
+def test_ranges_are_joined_and_cut() -> None:
+    skips = Skips.of([(5, 3), (0, 2), (8, 1), (20, 5), (21, 2)])
+    assert skips.ranges == ((0, 2), (5, 9), (20, 25))
+    assert skips.pairs == [[0, 2], [5, 4], [20, 5]]
+    assert (skips | Skips.of([(2, 3)])).ranges == ((0, 9), (20, 25))
+    assert skips.before(6).ranges == ((0, 2), (5, 6))
+    assert skips.before(5).ranges == ((0, 2),)
+    for first, count in ((0, 4), (3, 30), (6, 1), (9, 11), (9, 12), (30, 2)):
+        kept = [g for g in range(first, 99) if not any(a <= g < b for a, b in skips.ranges)][:count]
+        assert skips.kept(first, count).tolist() == kept
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2])
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"block": 2}, {"packing": Packing.concatenate}])
+def test_the_stream_without_some_samples(corpus: Corpus, data_ranks: int, prefetch: bool, changes):
+    """Its other samples are what they were, in the same order; what is skipped counts as read."""
+    whole = make_loader(corpus, **changes)
+    rows = joined([whole.take(plan()) for _ in range(30)])
+    kept = torch.tensor([not any(a <= g < a + n for a, n in SKIPPED) for g in range(240)])
+    loaders = [
+        make_loader(
+            corpus,
+            skips=Skips.of(SKIPPED),
+            data_rank=rank,
+            data_ranks=data_ranks,
+            prefetch=prefetch,
+            **changes,
+        )
+        for rank in range(data_ranks)
+    ]
+    step, batches = plan(data_ranks=data_ranks), []
+    for _ in range(15):
+        batches += [loader.take(step) for loader in loaders]
+    found = joined(batches)
+    assert_same(found, {name: value[kept][:120] for name, value in rows.items()})
+    last = int(found["sample_B"][-1])
+    for loader in loaders:
+        loader.close()
+        counts = rows["domain_B"][: last + 1].bincount(minlength=3).tolist()
+        assert list(loader.state_dict()["counts"].values()) == counts
+        assert loader.state_dict()["samples"] == last + 1
+
+
+def test_a_curriculum_goes_on_past_skipped_samples(corpus: Corpus):
+    windows = tuple(np.arange(n, dtype=np.int64) for n in (90, 60, 9))
+    data = DataPlan(corpus, difficulty=Difficulty("index", windows))
+    admit = [replace(plan(), admitted=(20 + n, 30, 5 + n // 8)) for n in range(30)]
+    whole, other = (make_loader(corpus, plan=data, skips=Skips.of(skip)) for skip in ([], [(16, 24)]))
+    rows = joined([whole.take(step) for step in admit[:9]])
+    # As many windows are admitted where the whole run had read as far.
+    left = joined([other.take(step) for step in (admit[0], admit[1])])
+    assert_same(left, {name: value[:16] for name, value in rows.items()})
+    again = make_loader(corpus, plan=data, skips=Skips.of([(16, 24)]))
+    again.load_state_dict(json.loads(json.dumps(other.state_dict())))
+    assert_same(joined([again.take(admit[5])]), joined([other.take(admit[5])]))
+    visits = sum(visits for pairs in other.state_dict()["clusters"].values() for _, visits in pairs)
+    assert visits == other.state_dict()["samples"] == 48
+
+
+def test_a_domain_is_left_out_after_its_epochs_of_read_and_skipped_samples(corpus: Corpus):
+    loader = make_loader(corpus, max_epochs=1.0, skips=Skips.of([(0, 64)]))
+    loader.take(loader.limit(plan()))
+    assert loader.consumed["web"]["epochs"] > 1
+    assert loader.limit(plan()).domain_weights[2] == 0
+
+
+def test_a_run_learns_in_its_middle_what_to_skip(corpus: Corpus):
+    """From there on it is the run that knew, also after a resume."""
+    told, learns = make_loader(corpus, skips=Skips.of([(30, 13)])), make_loader(corpus, prefetch=True)
+    rows = joined([told.take(plan()) for _ in range(9)])
+    batches = [learns.take(plan()) for _ in range(3)]
+    learns.skip(30, 13)
+    batches += [learns.take(plan()) for _ in range(2)]
+    learns.close()
+    resumed = make_loader(corpus, skips=Skips.of([(72, 2)]))  # of another range, still to come
+    resumed.load_state_dict(json.loads(json.dumps(learns.state_dict())))
+    batches += [resumed.take(plan()) for _ in range(2)]
+    assert_same(joined(batches), {name: value[:56] for name, value in rows.items()})
+    assert resumed.state_dict()["skips"] == {"given": [[72, 2]], "found": [[30, 13]]}
+    assert resumed.take(plan()).sample_B.tolist() == [69, 70, 71, 74, 75, 76, 77, 78]
+
+
+def test_what_a_step_went_through(corpus: Corpus):
+    loader = make_loader(corpus, skips=Skips.of([(0, 3), (12, 2)]), prefetch=True)
+    counts = np.bincount(draw(SEED, 0, 11, WEIGHTS), minlength=3)
+    loader.take(plan())
+    assert loader.last == Stretch(0, 11, tuple(counts.tolist()))
+    loader.take(plan())
+    assert (loader.last.first, loader.last.count) == (11, 10)
+    loader.close()
+
+
+@pytest.mark.parametrize("now", [[], [[4, 8]], [[1, 1], [4, 4]]])
+def test_what_was_read_cannot_be_skipped_any_more(corpus: Corpus, now: list[list[int]]):
+    loader = make_loader(corpus, skips=Skips.of([(4, 4), (30, 9)]))
+    loader.take(plan())
+    with pytest.raises(UserError) as caught:
+        make_loader(corpus, skips=Skips.of(now)).load_state_dict(loader.state_dict())
+    past = Skips.of(now).before(12).pairs
+    assert str(caught.value) == (
+        f"data.skip={now}: found a run of 12 samples so far that has passed over [[4, 4]] of them, "
+        f"expected the same ranges up to there, and not {past}. Fix: change data.skip for later samples "
+        "only, or begin a new run.dir"
+    )
+    make_loader(corpus, skips=Skips.of([(4, 4), (12, 90)])).load_state_dict(loader.state_dict())
+
+
+def test_a_state_from_before_there_were_skips_is_taken(corpus: Corpus):
+    state = {name: value for name, value in make_loader(corpus).state_dict().items() if name != "skips"}
+    loader = make_loader(corpus)
+    loader.load_state_dict(state)
+    assert loader.state_dict()["skips"] == {"given": [], "found": []}
 
 
 @pytest.mark.parametrize(

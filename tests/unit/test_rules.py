@@ -24,6 +24,7 @@ from megafab.data.derived import DIFFICULTY, NEIGHBORS
 from megafab.engine.config import EngineName, Offload
 from megafab.model.config import ModelConfig, Position, RetroConfig
 from megafab.optim.config import Count, Fall, MuonConfig, OptimConfig, OptimName, ScheduleKind, SOAPConfig
+from megafab.resilience.config import SpikesConfig
 from megafab.techniques.config import (
     CurriculumConfig,
     DifficultyKind,
@@ -98,6 +99,11 @@ def curriculum(**pacing: Any) -> dict[str, Any]:
 def indexed() -> dict[str, Any]:
     """A curriculum with an index."""
     return {"techniques.curriculum": CurriculumConfig(index(), DifficultyKind.threshold, PACING)}
+
+
+def spikes(**changes: Any) -> dict[str, Any]:
+    """The controller of loss spikes, and checkpoints that suffice but for what is given."""
+    return {"resilience.spikes": SpikesConfig(**changes), "checkpoint.every": 103}
 
 
 def sequences(**pacing: Any) -> dict[str, Any]:
@@ -227,6 +233,62 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         *("freezing", {"techniques.freezing": FreezingConfig(["*norm*"]), **MUON}, 1),
         "technique=[freezing]: found optim.name=muon, expected an optimizer of single elements: one of "
         "matrices lets all of them decay. Fix: optim=adamw",
+    ),
+    (
+        *("size", spikes(patience=0), 1),
+        "resilience.spikes.patience=0: found 0, expected at least 1. "
+        "Fix: resilience.spikes.patience=1 or more",
+    ),
+    (
+        *("range", spikes(threshold=0.0), 1),
+        "resilience.spikes.threshold=0: found 0, expected more than 0. "
+        "Fix: give resilience.spikes.threshold a value more than 0",
+    ),
+    (
+        *("spikes-history", spikes(window=32), 1),
+        "resilience.spikes.min_steps=64: found 64, expected at most resilience.spikes.window=32, which is "
+        "all that is remembered. Fix: resilience.spikes.min_steps=32",
+    ),
+    (
+        *("spikes-history", spikes(min_steps=5), 1),
+        "resilience.spikes.min_steps=5: found 5, expected at least twice resilience.spikes.patience=3, to "
+        "keep its median in place. Fix: resilience.spikes.min_steps=6 or more",
+    ),
+    (
+        *("spikes-history", {**spikes(), "train.max_skipped": 2}, 1),
+        "resilience.spikes.patience=3: found 3, expected at most train.max_skipped=2, which would end the "
+        "run first. Fix: resilience.spikes.patience=2, or a larger train.max_skipped",
+    ),
+    (
+        *("spikes-checkpoints", {**spikes(), "checkpoint.every": 0}, 1),
+        "resilience.spikes: found checkpoint.every=0, expected checkpoints to go back to. "
+        "Fix: checkpoint.every=103, for example",
+    ),
+    (
+        *("spikes-checkpoints", {**spikes(), "checkpoint.every": 50, "checkpoint.keep": 3}, 1),
+        "checkpoint.keep=3 checkpoint.every=50: found checkpoints of the last 100 steps, expected 103 or "
+        "more, resilience.spikes.margin=100 and the patience of 3. Fix: checkpoint.keep=4, or a smaller "
+        "resilience.spikes.margin",
+    ),
+    (
+        *("skip", {"data.skip": ((8, 8), (8,))}, 1),
+        "data.skip=[[8, 8], [8]]: found [8], expected [first, count] of samples, from 0 on and at least one. "
+        "Fix: data.skip=[[1000,64]] passes over samples 1000 to 1063",
+    ),
+    (
+        *("skip", {"data.skip": ((-1, 8),)}, 1),
+        "data.skip=[[-1, 8]]: found [-1, 8], expected [first, count] of samples, from 0 on and at least one. "
+        "Fix: data.skip=[[1000,64]] passes over samples 1000 to 1063",
+    ),
+    (
+        *("skip", {"data.skip": ((8, 0),)}, 1),
+        "data.skip=[[8, 0]]: found [8, 0], expected [first, count] of samples, from 0 on and at least one. "
+        "Fix: data.skip=[[1000,64]] passes over samples 1000 to 1063",
+    ),
+    (
+        *("skip", {"data.skip": ((10, 5),), "data.block": 4}, 1),
+        "data.skip=[[10, 5]]: found [10, 5], expected whole blocks of data.block=4 samples, for steps to "
+        "have whole ones. Fix: give [8,8]",
     ),
     (
         "size",
@@ -1113,6 +1175,9 @@ def test_the_base_of_these_tests_breaks_no_rule():
 
 # Layouts that a too eager rule would refuse.
 VALID: list[tuple[dict[str, Any], int]] = [
+    (spikes(), 1),
+    ({**spikes(norm_threshold=8.0, margin=0), "checkpoint.every": 1, "checkpoint.keep": 4}, 1),
+    ({"data.skip": ((8, 4), (0, 12)), "data.block": 4}, 1),
     ({"launch.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2}, 4),
     ({"parallel.tensor": 8}, 8),  # more tensor ranks than key-value heads: each head is held twice
     ({"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}, 4),

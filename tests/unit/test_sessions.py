@@ -119,6 +119,27 @@ def test_what_a_hang_costs_is_called_so(tmp_path: Path, cause: str):
     assert spent.lost["stalled" if cause == "stalled" else "interrupted"] == 85.0
 
 
+def test_what_a_run_went_back_over_is_done_again(tmp_path: Path):
+    write(tmp_path, [], [])
+    target = Session(tmp_path, ranks=1)
+    target.begin(0)
+    rows = [row(10, 1, 10.0, 20.0), row(20, 1, 10.0, 30.0)]
+    write(tmp_path, read_events(tmp_path), rows)
+    target.rewind(15, {"training": 2.0, "evaluate": 0.0, "checkpoint": 1.0})
+    events = read_events(tmp_path)
+    assert {key: events[-1][key] for key in ("step", "dropped_seconds", "kept_seconds")} == {
+        "step": 15,
+        "dropped_seconds": 5.0 + 3.0,
+        "kept_seconds": 5.0,
+    }
+    begun = {**events[0], "time": 10.0, "started": 10.0}
+    write(tmp_path, [begun, {**events[-1], "time": 33.0}], [rows[0], row(25, 1, 12.0, 45.0)])
+    spent = goodput(tmp_path)
+    assert spent is not None
+    assert (spent.allocated, spent.useful) == (35.0, 10.0 + 5.0 + 12.0)
+    assert {cause: seconds for cause, seconds in spent.lost.items() if seconds} == {"repeated steps": 8.0}
+
+
 def test_a_session_that_never_trained_counts(tmp_path: Path):
     events = [
         event("allocated", 0.0, job="1", restart=0, ranks=4),

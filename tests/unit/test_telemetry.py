@@ -185,6 +185,40 @@ def test_an_evaluation_that_comes_late_is_put_into_its_row(tmp_path: Path):
     assert (rows[1]["loss"], rows[1]["nonfinite"]) == (None, True)
 
 
+def test_a_run_that_goes_back_writes_its_rows_again(tmp_path: Path):
+    """In one session: TensorBoard hides what came after, as after a resume."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    session = Session(tmp_path, 1)
+    target = telemetry(Memory(), JsonlSink(tmp_path, {}, {}), TensorBoardSink(tmp_path), session=session)
+    target.start(Progress())
+    for step in range(1, 6):
+        record(target, step, loss=float(step))
+    target.rewind(at(3))
+    record(target, 4, loss=40.0)
+    target.close()
+    found = [(r["step"], r["loss"], r["session"]) for r in read_rows(tmp_path / "metrics.jsonl")]
+    assert found == [(1, 1.0, 1), (2, 2.0, 1), (3, 3.0, 1), (4, 40.0, 1)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert scalars == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_speed_is_measured_anew_where_a_run_has_gone_back(monkeypatch: pytest.MonkeyPatch):
+    clock, memory = Clock(monkeypatch), Memory()
+    target = telemetry(memory)
+    target.start(Progress())
+    for step in (1, 2, 3):
+        clock.now += 2.0
+        record(target, step)
+    clock.now += 100.0
+    target.rewind(at(1))
+    clock.now += 4.0
+    record(target, 2)
+    assert memory.rows[-1]["step_seconds"] == 4.0
+
+
 def test_only_the_torn_line_is_lost_when_nothing_is_repeated(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')

@@ -16,6 +16,7 @@ from megafab.errors import UserError
 from megafab.evaluation import evaluate
 from megafab.loss.ledger import LossLedger
 from megafab.loss.terms import LossTerms
+from megafab.resilience.spikes import Spike
 from megafab.run import Action, Cadence, GradStats, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.train import fit
 
@@ -31,6 +32,7 @@ class Diary:
         signal_at: int = 0,
         signal_between: int = 0,
         bad: frozenset[int] = frozenset(),
+        spike_at: int = 0,
     ) -> None:
         self.calls: list[str] = []
         self.rows: list[dict[str, Any]] = []
@@ -39,6 +41,7 @@ class Diary:
         self.steps, self.signal_at, self.signal_between, self.bad = steps, signal_at, signal_between, bad
         self.name, self.capabilities = "SIGTERM", frozenset[str]()
         self.asked = 0
+        self.spike_at, self.margin = spike_at, 3
 
     def note(self, what: str) -> None:
         self.calls.append(what)
@@ -50,6 +53,29 @@ class Diary:
 
     def save(self, progress: Progress, *, wait: bool) -> None:
         self.note(f"save {progress.step}" + " and wait" * wait)
+
+    def save_first(self, progress: Progress) -> None:
+        self.note(f"save first {progress.step}")
+
+    def roll_back(self, step: int, margin: int) -> Progress:
+        self.note(f"roll back to {step} - {margin}")
+        return Progress(step - margin)
+
+    def discard_after(self, step: int) -> None:
+        self.note(f"discard after {step}")
+
+    def rewind(self, progress: Progress) -> None:
+        self.note(f"rewind {progress.step}")
+
+    # the controller of loss spikes
+    def look(self, progress: Progress, outcome: StepOutcome, ledger: LossLedger) -> Spike | None:
+        if progress.step != self.spike_at:
+            return None
+        self.spike_at = 0
+        return Spike(progress.step - 1, progress.step, False, {}, ())
+
+    def decide(self, spike: Spike, progress: Progress) -> None:
+        self.note(f"decide {spike.first} at {progress.step}")
 
     def check(self, step: int, *, saving: bool) -> None:
         self.note(f"check {step}" + " before saving" * saving)
@@ -137,8 +163,8 @@ class Diary:
     def eval(self, entering: bool, weights: Any, losses: Any = None) -> None:
         self.note(f"bus.eval({entering})")
 
-    def metrics(self, report: Any) -> dict[str, dict[str, float]]:
-        return {"a_technique": {"x": 1.0}}
+    def metrics(self, report: Any = None) -> dict[str, dict[str, float]]:
+        return {"a_technique": {"x": 1.0}} if report is not None else {"spikes": {"rollbacks": 0}}
 
     # engine
     def weights(self) -> str:
@@ -189,6 +215,7 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
         validation=Validation(("books", "code"), 2),  # type: ignore[arg-type]
         invariants=part,
         signals=part,
+        spikes=part,
         cadence=Cadence(**{**settings, **cadence}),
     )
 
@@ -236,7 +263,7 @@ def test_a_run_call_by_call() -> None:
     diary = Diary(3)
     progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
     assert diary.calls == [
-        *("restore", "start 0", "enter", "bus.start 0", "leave?"),
+        *("restore", "start 0", "enter", "bus.start 0", "save first 0", "leave?"),
         *("begin 1", *STEP, "check 1"),
         *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
         *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
@@ -252,7 +279,7 @@ def test_a_row_has_the_steps_numbers() -> None:
     assert (row["loss"], row["domain_loss"]) == (3.0, {"books": 3.0})
     assert row["domain_weight"] == {"books": 0.25, "code": 0.75}
     assert row["valid"] == {"loss": 3.0, "domain_loss": {"books": 2.0, "code": 4.0}}
-    assert row["extra"] == {"a_technique": {"x": 1.0}}
+    assert row["extra"] == {"a_technique": {"x": 1.0}, "spikes": {"rollbacks": 0}}
 
 
 def test_a_run_goes_on_where_it_was() -> None:
@@ -264,7 +291,7 @@ def test_a_run_goes_on_where_it_was() -> None:
 def test_a_finished_run_does_nothing() -> None:
     diary = Diary(3, start=3)
     assert fit(run_of(diary, save_last=True, evaluate=True)).step == 3
-    assert diary.calls == ["restore", "start 3", "enter", "bus.start 3", "leave?", *END]
+    assert diary.calls == ["restore", "start 3", "enter", "bus.start 3", "save first 3", "leave?", *END]
     assert diary.messages == [
         "nothing left to do: step 3 reaches train.steps or train.tokens; raise it to go on"
     ]
@@ -290,8 +317,8 @@ def test_a_signal_puts_an_end_to_an_evaluation() -> None:
 def test_the_evaluation_is_made_up_for_first() -> None:
     diary = Diary(5, start=Progress(4, owes_evaluation=True))
     assert not fit(run_of(diary, eval_every=4, evaluate=True)).owes_evaluation
-    begun = ["restore", "start 4", "enter", "bus.start 4", "leave?"]
-    assert diary.calls[:14] == [*begun, *EVALUATE, "amend 4 3.0", "begin 5"]
+    begun = ["restore", "start 4", "enter", "bus.start 4", "save first 4", "leave?"]
+    assert diary.calls[:15] == [*begun, *EVALUATE, "amend 4 3.0", "begin 5"]
 
 
 def test_nor_is_it_forgotten_when_a_second_signal_comes() -> None:
@@ -304,7 +331,7 @@ def test_nor_is_it_forgotten_when_a_second_signal_comes() -> None:
 def test_a_signal_before_the_first_step_leaves_at_once() -> None:
     diary = Diary(5, start=2, signal_between=1)
     assert fit(run_of(diary)).step == 2
-    assert diary.calls == ["restore", "start 2", "enter", "bus.start 2", "leave?", *END]
+    assert diary.calls == ["restore", "start 2", "enter", "bus.start 2", "save first 2", "leave?", *END]
     assert diary.messages == ["SIGTERM: left before a step; run the same command to go on"]
 
 
@@ -322,6 +349,18 @@ def test_discarded_updates_are_told_and_few_are_survived() -> None:
     assert diary.messages == [f"step {n}: update discarded, the norm is nan" for n in (2, 4)]
 
 
+def test_a_spike_takes_the_run_back_before_anything_is_made_of_it() -> None:
+    """What is decided is committed first, and only then are the later checkpoints gone."""
+    diary = Diary(6, spike_at=5)
+    assert fit(run_of(diary, eval_every=5, evaluate=True, save_every=5)).step == 6
+    there = diary.calls.index("begin 5")
+    assert diary.calls[there : there + len(STEP) + 11] == [
+        *("begin 5", *STEP, "[checkpoint", "roll back to 3 - 3", "decide 4 at 0", "save 0 and wait"),
+        *("discard after 0", "]", "rewind 0", "bus.start 0", "leave?", "begin 1"),
+    ]
+    assert diary.calls.count("update") == 5 + 6
+
+
 def test_too_many_in_a_row_end_the_run() -> None:
     diary = Diary(9, bad=frozenset({2, 3, 4, 5}))
     with pytest.raises(
@@ -329,7 +368,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
     ):
         fit(run_of(diary, save_every=9, save_last=True))
     assert diary.calls[-3:] == END
-    assert not any(call.startswith("save") for call in diary.calls)
+    assert [call for call in diary.calls if call.startswith("save")] == ["save first 0"]
 
 
 def test_evaluate_alone() -> None:
