@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         return 0
     numbers: list[str] = []
     for job in wanted:
-        numbers.append(_submit(job, config, numbers[-1:]))
+        numbers.append(_submit(job, config, numbers[-1] if numbers else None))
     if "--follow" not in flags:
         return 0
     return _follow(wanted, numbers)
@@ -194,7 +194,7 @@ def _prepare(job: Job, config: SubmitConfig) -> None:
     if syntax.returncode:
         found, expected = " ".join(syntax.stderr.split()), "lines that bash understands"
         raise UserError("cluster.setup, cluster.env", found, expected, f"see {job.script}")
-    print(f"megafab: {job.script}: {slurm.try_out(job.script, _after(config, []))}", flush=True)
+    print(f"megafab: {job.script}: {slurm.try_out(job.script, _after(config, None))}", flush=True)
 
 
 def _require_no_job(task: Task) -> None:
@@ -207,7 +207,7 @@ def _require_no_job(task: Task) -> None:
         raise UserError(where, found, "one job at a time", fix)
 
 
-def _submit(job: Job, config: SubmitConfig, previous: Sequence[str]) -> str:
+def _submit(job: Job, config: SubmitConfig, previous: str | None) -> str:
     """Queue a job, after the one before it if there is one; its number."""
     for task in job.tasks:
         for leftover in ("failures", "stopped", "refusal"):  # of a job before: this one begins afresh
@@ -215,15 +215,15 @@ def _submit(job: Job, config: SubmitConfig, previous: Sequence[str]) -> str:
     number = slurm.submit(job.script, _after(config, previous))
     for task in job.tasks:
         (task.directory / "slurm" / "job").write_text(number + "\n")
-    waits = f", after job {previous[0]}" if previous else ""
+    waits = f", after job {previous}" if previous else ""
     log = job.log.replace("%j", number).replace("%A", number)
     print(f"megafab: submitted job {number}{waits}: {job.name}; log: {log}", flush=True)
     return number
 
 
-def _after(config: SubmitConfig, previous: Sequence[str]) -> list[str]:
-    for number in previous:  # a stage that can never begin is cancelled rather than kept waiting
-        return [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+def _after(config: SubmitConfig, previous: str | None) -> list[str]:
+    if previous is not None:  # a stage that can never begin is cancelled rather than kept waiting
+        return [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"]
     return [f"--dependency={config.job.after}"] if config.job.after else []
 
 
