@@ -55,7 +55,7 @@ OPTIONAL = (
 COMMANDS = (
     Part("g++", "building the CUDA kernels", "install a C++ compiler"),
     Part("nvcc", "building the CUDA kernels", "install the CUDA toolkit"),
-    Part("sbatch", "jobs on a Slurm cluster", "log in to one"),
+    Part("sbatch", "megafab submit: jobs on a Slurm cluster", "log in to one"),
     Part("srun", "ranks on a Slurm cluster", "log in to one"),
 )
 

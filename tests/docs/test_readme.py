@@ -11,8 +11,9 @@ import pytest
 
 from data_pipeline.config import check_difficulty
 from data_pipeline.retrieval_config import check_retrieval
-from launch import cli
+from launch import cli, submit
 from megafab.config import load, rules
+from megafab.config.submit import check as check_job
 from megafab.engine import capabilities
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +68,9 @@ def test_the_model_readme_computes():
 
 
 def commands() -> list[str]:
-    """The command lines that the READMEs of data and techniques show."""
-    texts = ((ROOT / name / "README.md").read_text() for name in ("data_pipeline", "megafab/techniques"))
+    """The command lines that these READMEs show."""
+    places = (".", "data_pipeline", "megafab/techniques", "slurm")
+    texts = ((ROOT / place / "README.md").read_text().replace("\\\n", " ") for place in places)
     shown = (block for text in texts for block in blocks("bash", text))
     return [line for block in shown for line in block.splitlines() if line.startswith("megafab ")]
 
@@ -82,9 +84,14 @@ def test_shown_commands_are_valid(command):
         overrides.remove("...")
         overrides += ["model=gpt_1_3b", "data.path=corpus", "train.steps=200000"]
     verb = cli.VERBS[name]
+    if name == "submit":
+        mine = submit.own(overrides)
+        check_job(load.compose(verb.load_schema(), verb.config, mine))
+        overrides = [text for text in overrides if text not in (*mine, *submit.FLAGS)]
+        name, verb = "train", cli.VERBS["train"]
     config = load.compose(verb.load_schema(), verb.config, overrides)
     if name == "train":
-        rules.check_all(config, ranks=1, corpus=None)
+        rules.check_all(config, ranks=config.launch.ranks, corpus=None)
     if name == "data difficulty":
         check_difficulty(config)
     if name == "data retrieval":
