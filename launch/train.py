@@ -124,7 +124,8 @@ def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> in
         run = build(config, ranks=ranks)
         if rank == 0:
             staged.begin(config)
-        progress = fit(run)
+        with run.watchdog:
+            progress = fit(run)
         shutdown()
         if rank == 0 and not run.schedules.remaining(progress):
             staged.finish(config, progress)

@@ -37,6 +37,7 @@ from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
+from megafab.resilience.watchdog import Watchdog
 from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.techniques import catalogue
 from megafab.techniques.base import Clock, Facts, RunPlan
@@ -93,7 +94,8 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         message=message,
     )
     data = DataPlan(corpus, retrieval=retrieval.of(config, corpus))
-    engine = _engine(kind, config, shape, groups, bus, data)
+    clock = Clock()
+    engine = _engine(kind, config, shape, groups, bus, data, clock)
     loader = Loader(
         corpus,
         split="train",
@@ -151,6 +153,14 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         validation=_validation(config, data, groups),
         invariants=Invariants(engine, groups, config.resilience.check_every),
         signals=Signals(groups.agree_max),
+        watchdog=Watchdog(
+            config.resilience.stall_seconds,
+            groups=groups,
+            timers=telemetry.timers,
+            clock=clock,
+            run_dir=Path(config.run.dir),
+            message=telemetry.message,
+        ),
         cadence=Cadence(
             eval_every=config.eval.every,
             evaluate=config.eval.samples > 0,
@@ -223,6 +233,7 @@ def _engine(
     groups: Groups,
     bus: Bus,
     data: DataPlan,
+    clock: Clock,
 ) -> Engine:
     plan = model_plan.plan(
         shape,
@@ -233,7 +244,6 @@ def _engine(
         context_method=config.parallel.context_method,
     )
     bus.plan(RunPlan(plan, data), groups.mesh)
-    clock = Clock()
     chunks = model_plan.build(plan, groups, config.train.seed)
     bus.build(chunks, clock)
     return kind(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megafab.optim.schedules import Schedules
     from megafab.resilience.invariants import Invariants
     from megafab.resilience.signals import Signals
+    from megafab.resilience.watchdog import Watchdog
     from megafab.techniques.bus import Bus
     from megafab.telemetry.metrics import Telemetry
 
@@ -336,6 +337,7 @@ class Run:
     validation: Validation
     invariants: Invariants
     signals: Signals
+    watchdog: Watchdog
     cadence: Cadence
 
     def close(self) -> None:

@@ -76,6 +76,7 @@ class Telemetry:
 
     def begin(self, step: int) -> None:
         """Say that step `step` (counted from 1) begins; a step that is due has its parts timed exactly."""
+        self.timers.step = step
         if not self._sinks or not self.due(step, step == self._total_steps):
             return
         if self._lap_step != step - 1:

@@ -176,6 +176,7 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
         validation=Validation(("books", "code"), 2),  # type: ignore[arg-type]
         invariants=part,
         signals=part,
+        watchdog=part,
         cadence=Cadence(**{**settings, **cadence}),
     )
 
