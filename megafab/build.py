@@ -37,6 +37,7 @@ from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Signals
+from megafab.resilience.stragglers import Stragglers
 from megafab.resilience.watchdog import Watchdog
 from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.techniques import catalogue
@@ -159,6 +160,13 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             timers=telemetry.timers,
             clock=clock,
             run_dir=Path(config.run.dir),
+            message=telemetry.message,
+        ),
+        stragglers=Stragglers(
+            config.resilience.straggler_every,
+            config.resilience.straggler_ratio,
+            groups=groups,
+            timers=telemetry.timers,
             message=telemetry.message,
         ),
         cadence=Cadence(

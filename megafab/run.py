@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megafab.optim.schedules import Schedules
     from megafab.resilience.invariants import Invariants
     from megafab.resilience.signals import Signals
+    from megafab.resilience.stragglers import Stragglers
     from megafab.resilience.watchdog import Watchdog
     from megafab.techniques.bus import Bus
     from megafab.telemetry.metrics import Telemetry
@@ -338,6 +339,7 @@ class Run:
     invariants: Invariants
     signals: Signals
     watchdog: Watchdog
+    stragglers: Stragglers
     cadence: Cadence
 
     def close(self) -> None:

@@ -57,6 +57,7 @@ def fit(run: Run) -> Progress:
                 outcome = run.engine.update(plan, verdict, stats)
                 run.bus.step(plan, outcome, ledger, weights)
             progress = progress.advance(plan, outcome)
+            run.stragglers.compare(progress.step)
 
             last = not run.schedules.remaining(progress)
             leaving = run.signals.leave() and not last
@@ -122,7 +123,7 @@ def _record(
         loss=losses.loss,
         domain_loss=losses.domain_loss,
         domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
-        extra=run.bus.metrics(losses),
+        extra={**run.bus.metrics(losses), **run.stragglers.numbers()},
         valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
     )
 

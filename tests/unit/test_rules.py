@@ -566,8 +566,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
     ),
     (
         *("stall-before-timeout", {"launch.timeout_minutes": 10}, 2),
-        "resilience.stall_seconds=600: found 600 s, expected less than launch.timeout_minutes=10, after which "
-        "the collectives give up unexplained. Fix: resilience.stall_seconds=200, or a longer "
+        "resilience.stall_seconds=600: found 600 s, expected less than launch.timeout_minutes=10, after "
+        "which the collectives give up unexplained. Fix: resilience.stall_seconds=200, or a longer "
         "launch.timeout_minutes",
     ),
     (

@@ -46,6 +46,12 @@ class Diary:
     def check(self, step: int, *, saving: bool) -> None:
         self.note(f"check {step}" + " before saving" * saving)
 
+    def compare(self, step: int) -> None:
+        self.note("compare")
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        return {"stragglers": {"count": 0}}
+
     def start(self, progress: Progress, weights: str = "") -> None:
         self.note(f"bus.start {progress.step}" if weights else f"start {progress.step}")
 
@@ -177,6 +183,7 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
         invariants=part,
         signals=part,
         watchdog=part,
+        stragglers=part,
         cadence=Cadence(**{**settings, **cadence}),
     )
 
@@ -200,6 +207,7 @@ STEP = [
     "update",
     "bus.step",
     "]",
+    "compare",
 ]
 EVALUATE = [
     "[evaluate",
@@ -239,7 +247,7 @@ def test_a_row_has_the_steps_numbers() -> None:
     assert (row["loss"], row["domain_loss"]) == (3.0, {"books": 3.0})
     assert row["domain_weight"] == {"books": 0.25, "code": 0.75}
     assert row["valid"] == {"loss": 3.0, "domain_loss": {"books": 2.0, "code": 4.0}}
-    assert row["extra"] == {"a_technique": {"x": 1.0}}
+    assert row["extra"] == {"a_technique": {"x": 1.0}, "stragglers": {"count": 0}}
 
 
 def test_a_run_goes_on_where_it_was() -> None:
