@@ -116,11 +116,12 @@ def diagnose(
         ranks = tuple(sorted(found))
         hosts = sorted({beats[rank].host for rank in ranks})
         where = f"{_ranks(ranks)} on {', '.join(hosts)}"
+        more = f" (so rank {ranks[0]}; of the others the report tells)" if len(ranks) > 1 else ""
         fix = (
             f"{again}, without {', '.join(hosts)} if it happens there again; if it was only slow, raise "
             "resilience.stall_seconds"
         )
-        return Diagnosis(ranks, UserError(where, "; ".join(dict.fromkeys(found.values())), expected, fix))
+        return Diagnosis(ranks, UserError(where, found[ranks[0]] + more, expected, fix))
     where = f"all {len(beats)} ranks" if len(beats) > 1 else f"rank 0 on {beats[0].host}"
     fix = f"{again}; if it happens again, look at the network and the disks that all ranks share"
     return Diagnosis((), UserError(where, _alike(beats, still), expected, fix))
@@ -149,7 +150,7 @@ def state(beat: Beat, silent: float | None) -> str:
     entered = ", ".join(f"{name} {count}" for name, count in beat.collectives.items())
     return "; ".join(
         [
-            beat.where() + heard,
+            (beat.left or beat.where()) + heard,
             *([f"collectives entered: {entered}"] if entered else []),
             *([f"the last: {beat.last}"] if beat.last else []),
         ]

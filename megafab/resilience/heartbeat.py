@@ -77,11 +77,9 @@ class Beat:
 
     def where(self) -> str:
         """The place in one line."""
-        if self.left:
-            return self.left
-        return (
-            f"step {self.step}, {self.part}, micro-batch {self.micro_batch}" if self.step else "before step 1"
-        )
+        if not self.step:
+            return "the start, before step 1"
+        return f"step {self.step}, {self.part}, micro-batch {self.micro_batch}"
 
     def to_text(self) -> str:
         """All of it."""
@@ -163,11 +161,13 @@ def _stacks() -> Iterator[tuple[str, Stack]]:
     frames, main = sys._current_frames(), threading.main_thread().ident
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident in sorted(frames, key=lambda ident: ident != main):
-        stack = _stack(frames[ident])
-        ours = any(_PACKAGES & set(PurePath(file).parts) for file, _, _ in stack)
-        name = names.get(ident, f"thread {ident}")
-        if ident == main or (ours and not name.startswith(WATCHING)):
+        stack, name = _stack(frames[ident]), names.get(ident, f"thread {ident}")
+        if ident == main or (_is_ours(stack) and not name.startswith(WATCHING)):
             yield name, stack
+
+
+def _is_ours(stack: Stack) -> bool:
+    return any(_PACKAGES & set(PurePath(file).parts) for file, _, _ in stack)
 
 
 def _stack(frame: FrameType | None) -> Stack:
