@@ -113,15 +113,15 @@ def diagnose(
     expected = f"progress within resilience.stall_seconds={stall_seconds:g}"
     again = "run the same command to go on from the last checkpoint"
     if found:
-        ranks = tuple(sorted(found))
+        first, *rest = ranks = sorted(found)
         hosts = sorted({beats[rank].host for rank in ranks})
         where = f"{_ranks(ranks)} on {', '.join(hosts)}"
-        more = f" (so rank {ranks[0]}; of the others the report tells)" if len(ranks) > 1 else ""
+        more = f" (so rank {first}; of the others the report tells)" if rest else ""
         fix = (
             f"{again}, without {', '.join(hosts)} if it happens there again; if it was only slow, raise "
             "resilience.stall_seconds"
         )
-        return Diagnosis(ranks, UserError(where, found[ranks[0]] + more, expected, fix))
+        return Diagnosis(tuple(ranks), UserError(where, found[first] + more, expected, fix))
     where = f"all {len(beats)} ranks" if len(beats) > 1 else f"rank 0 on {beats[0].host}"
     fix = f"{again}; if it happens again, look at the network and the disks that all ranks share"
     return Diagnosis((), UserError(where, _alike(beats, still), expected, fix))
@@ -147,7 +147,7 @@ def report(
 def state(beat: Beat, silent: float | None) -> str:
     """Where a rank is, or was when last heard of, and what it has entered of each group's collectives."""
     heard = "" if silent is None else f", last heard of {silent:.1f} s ago"
-    entered = ", ".join(f"{name} {count}" for name, count in beat.collectives.items())
+    entered = ", ".join(f"{name} {count}" for name, count in beat.collectives.items() if count)
     return "; ".join(
         [
             (beat.left or beat.where()) + heard,
@@ -205,7 +205,7 @@ def _elsewhere(beats: Mapping[int, Beat]) -> dict[int, str]:
     if not 0 < len(outside) <= len(beats) / 2:
         return {}
     inside = next(beat.waits_in for beat in beats.values() if beat.waits_in)
-    return {rank: f"it is {_place(beat)} while others are in {inside}" for rank, beat in outside.items()}
+    return {rank: f"it {_place(beat)} while others are in {inside}" for rank, beat in outside.items()}
 
 
 def _in_another_part(beats: Mapping[int, Beat]) -> dict[int, str]:
@@ -216,7 +216,7 @@ def _in_another_part(beats: Mapping[int, Beat]) -> dict[int, str]:
         return {}
     step, part = most
     return {
-        rank: f"it is {_place(beat)} while most are at step {step}, {part}"
+        rank: f"it {_place(beat)} while most are at step {step}, {part}"
         for rank, beat in beats.items()
         if parts[rank] != most
     }

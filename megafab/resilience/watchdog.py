@@ -85,7 +85,8 @@ class Watchdog:
         self._done, self._left = threading.Event(), ""
         self._thread: threading.Thread | None = None
         self._sent = 0
-        self._first: tuple[Pulse, bytes] | None = None  # pulse and beat of rank 0, on its deputy
+        self._deputy = 0 < self._rank == self._world - 1
+        self._first = Pulse(0, False, ""), Beat()  # of rank 0, as its deputy knows them
 
     def __enter__(self) -> Watchdog:
         if self._seconds is None:
@@ -103,7 +104,7 @@ class Watchdog:
     ) -> None:
         """Ends this rank's watch. If it leaves with an error it says so, since others may wait for it."""
         if self._thread is not None:
-            self._left = "" if kind is None else f"it has left the job with {kind.__name__}"
+            self._left = "" if kind is None else f"that it left the job with {kind.__name__}"
             self._done.set()
             self._thread.join(_LEAVE_SECONDS)
 
@@ -112,7 +113,7 @@ class Watchdog:
         interval = interval_of(stall_seconds)
         vigil = Vigil(stall_seconds, interval)
         with contextlib.suppress(dist.DistError):  # the store has gone, and rank 0 with it
-            if 0 < self._rank == self._world - 1:
+            if self._deputy:
                 name = f"{WATCHING} of rank 0"
                 threading.Thread(target=self._listen, args=(interval,), name=name, daemon=True).start()
             while not self._done.wait(interval):
@@ -137,24 +138,24 @@ class Watchdog:
         """Keep rank 0's last beat. On a thread of its own, which waits for ever once rank 0 is stopped."""
         store = _connection()
         with contextlib.suppress(dist.DistError):
-            while not self._done.wait(interval):
+            while not self._done.is_set():
                 pulse, beat = store.multi_get(["pulse/0", "beat/0"])
-                self._first = Pulse.from_text(pulse), beat
+                self._first = Pulse.from_text(pulse), Beat.from_text(beat)
+                self._done.wait(interval)
 
     def _pulses(self, mine: Pulse) -> dict[int, Pulse]:
         """Of the ranks that this one watches over: rank 0 over all, its deputy over the two of them."""
         if self._rank == 0:
             found = self._store.multi_get([f"pulse/{rank}" for rank in range(self._world)])
             return {rank: Pulse.from_text(pulse) for rank, pulse in enumerate(found)}
-        return {} if self._first is None else {0: self._first[0], self._rank: mine}
+        return {0: self._first[0], self._rank: mine} if self._deputy else {}
 
     def _beats(self) -> dict[int, Beat]:
         """The last of the same ranks."""
         if self._rank == 0:
             found = self._store.multi_get([f"beat/{rank}" for rank in range(self._world)])
             return {rank: Beat.from_text(beat) for rank, beat in enumerate(found)}
-        assert self._first is not None
-        return {0: Beat.from_text(self._first[1]), self._rank: self._heart.beat()}
+        return {0: self._first[1], self._rank: self._heart.beat()}
 
     def _end_job(self, vigil: Vigil, stall_seconds: float) -> NoReturn:
         """Say what is known and leave, whatever the other threads of this process are in."""

@@ -29,7 +29,7 @@ READS: Stack = (FIT, ("/home/megafab/data/loader.py", 120, "take"))
 COMPUTES: Stack = (FIT, ("/home/megafab/model/gpt.py", 7, "forward"))
 IN_REDUCE = "all_reduce, called by _reduce (core/tensor_parallel/mappings.py:30)"
 NORMAL = Beat("n0", 7, "forward_backward", 2, collectives={"host/0": 9}, stacks={"MainThread": REDUCES})
-IT_READS = "it is at step 7, forward_backward, micro-batch 2 in take (megafab/data/loader.py:120)"
+READING = "at step 7, forward_backward, micro-batch 2 in take (megafab/data/loader.py:120)"
 
 
 def beat(stack: Stack = REDUCES, host: str = "n0", **changes) -> Beat:
@@ -48,14 +48,14 @@ CASES: dict[str, tuple[list[Beat], Mapping[int, float], tuple[int, ...], str, st
         "interpreter); it was at step 7, forward_backward, micro-batch 2",
     ),
     "left with an error": (
-        [beat(), beat(left="it has left the job with OSError"), beat()],
+        [beat(), beat(left="that it left the job with OSError"), beat()],
         {1: 70.0},
-        *((1,), "rank 1 on n0", "it has left the job with OSError"),
+        *((1,), "rank 1 on n0", "that it left the job with OSError"),
     ),
     "behind": (
         [counted(REDUCES, tensor=8), counted(READS, tensor=7), counted(REDUCES, tensor=8)],
         *({}, (1,), "rank 1 on n0"),
-        f"collective 8 of tensor not entered, which ranks 0, 2 have, in {IN_REDUCE}; {IT_READS}",
+        f"collective 8 of tensor not entered, which ranks 0, 2 have, in {IN_REDUCE}; it is {READING}",
     ),
     # 3 waits for 1 along the data axis, but 1 itself waits for 0.
     "behind, with others in its wake": (
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[list[Beat], Mapping[int, float], tuple[int, ...], str, st
             *(counted(REDUCES, "n1", t1=8, d0=4), counted(REDUCES, "n1", t1=8, d1=4)),
         ],
         *({}, (0,), "rank 0 on n0"),
-        f"collective 8 of t0 not entered, which rank 1 has, in {IN_REDUCE}; {IT_READS}",
+        f"collective 8 of t0 not entered, which rank 1 has, in {IN_REDUCE}; it is {READING}",
     ),
     # 0 is stuck in the first stage, 2 waits for what it should send; 1 and 3 wait for them along data.
     "behind, and its next stage": (
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[list[Beat], Mapping[int, float], tuple[int, ...], str, st
             *(counted(RECEIVES, "n1", d1=3), counted(REDUCES, "n1", d1=4)),
         ],
         *({}, (0,), "rank 0 on n0"),
-        f"collective 4 of d0 not entered, which rank 1 has, in {IN_REDUCE}; {IT_READS}",
+        f"collective 4 of d0 not entered, which rank 1 has, in {IN_REDUCE}; it is {READING}",
     ),
     "waiting for each other": (
         [counted(REDUCES, a=2, b=1), counted(REDUCES, "n1", a=1, b=2)],
@@ -85,12 +85,12 @@ CASES: dict[str, tuple[list[Beat], Mapping[int, float], tuple[int, ...], str, st
     "outside of communication": (
         [beat(RECEIVES), beat(READS), beat(RECEIVES), beat(RECEIVES)],
         *({}, (1,), "rank 1 on n0"),
-        f"{IT_READS} while others are in recv_forward, called by fit (home/megafab/train.py:50)",
+        f"it {READING} while others are in recv_forward, called by fit (home/megafab/train.py:50)",
     ),
     "in another part": (
         [beat(COMPUTES), beat(COMPUTES), beat(COMPUTES, part="data", step=8)],
         *({}, (2,), "rank 2 on n0"),
-        "it is at step 8, data, micro-batch 2 in forward (megafab/model/gpt.py:7) while most are at step 7, "
+        "it at step 8, data, micro-batch 2 in forward (megafab/model/gpt.py:7) while most are at step 7, "
         "forward_backward",
     ),
     "all alike": (
