@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megafab-setup
 TORCH := torch==2.13.0
+SLURM := slurmctld slurmd slurm-client munge
 # Another source of torch, such as an index of CPU builds: make setup PIP_TORCH_ARGS="--index-url URL"
 PIP_TORCH_ARGS ?=
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -17,7 +18,7 @@ ARGS ?=
 ENGINE ?= megatron
 QUICKSTART := runs/quickstart$(if $(filter-out megatron,$(ENGINE)),_$(ENGINE))
 
-.PHONY: help setup quickstart kernels test test-all lint format clean
+.PHONY: help setup slurm quickstart kernels test test-all lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s $$'\t'
@@ -34,6 +35,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)" -e ".[dev,data]"
 	@touch $@
 
+slurm: ## Install what the tests of Slurm start on this machine, where apt and root allow (20 MB)
+	@if command -v slurmctld slurmd munged srun >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "== slurm: apt-get install $(SLURM)"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -qq -y --no-install-recommends $(SLURM) >/dev/null || \
+		echo "slurm: could not be installed: the tests that need it are skipped" >&2; \
+	else \
+		echo "slurm: not installed, and not root with apt to install $(SLURM): the tests that need it are skipped" >&2; \
+	fi
+
 quickstart: setup ## Make a corpus, train on 4 ranks, generate, report (ENGINE=deepspeed, ARGS="train.steps=500")
 	@echo "== 1/4 data: the source of Python's standard library as a corpus in runs/data/python_stdlib"
 	$(BIN)/megafab data out=runs/data/python_stdlib tokenizer.vocab=4096
@@ -47,10 +59,10 @@ quickstart: setup ## Make a corpus, train on 4 ranks, generate, report (ENGINE=d
 kernels: setup ## Build the CUDA kernels for this machine's GPU; without one, compile them and show what they take
 	$(BIN)/python -m megafab.kernels.build
 
-test: setup ## Tests that need neither a GPU nor much time
+test: setup slurm ## Tests that need neither a GPU nor much time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: setup ## Every test this machine can run
+test-all: setup slurm ## Every test this machine can run
 	@marks=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")'); \
 	set -x; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$$marks"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import tokenizer as tokenizers
-from data_pipeline.config import BuildConfig, TokenizerType, check
+from data_pipeline.config import BuildConfig, TokenizerType, check, part_of
 from data_pipeline.pieces import PIECE_BYTES, Piece
 from data_pipeline.pool import Pool
 from data_pipeline.progress import Progress
@@ -51,6 +52,10 @@ def build(config: BuildConfig) -> None:
     sources = _sources(config)
     request = _request(config, sources)
     if _finished(out, request, config.overwrite):
+        return
+    if config.part is not None:
+        with outages_interrupt(out), Workspace(out, request, shared=True) as work:
+            _build_part(config, sources, work)
         return
     with outages_interrupt(out), Workspace(out, request) as work:
         _build(config, sources, request, work)
@@ -158,6 +163,15 @@ def _build(
     write_manifest(work.result, manifest)
 
 
+def _build_part(config: BuildConfig, sources: Mapping[str, list[Source]], work: Workspace) -> None:
+    """The tokenizer, by whoever comes first, and this part's pieces."""
+    with work.exclusive("tokenizer"):
+        _make_tokenizer(config, sources, work)
+    with Pool(config.workers) as pool:
+        _tokenize(config, sources, work, pool)
+    print(f"part {config.part} is finished; once all are, the same command without part= builds {config.out}")
+
+
 def _tokenizer_of(work: Workspace) -> Path:
     return work.root / "tokenizer"
 
@@ -237,17 +251,21 @@ def _load_tokenizer(directory: Path, fingerprint: str) -> Tokenizer:
 def _tokenize(
     config: BuildConfig, sources: Mapping[str, list[Source]], work: Workspace, pool: Pool
 ) -> dict[str, _Tokenized]:
-    """Every piece that is not done yet, on all workers."""
+    """Every piece of this part that is not done yet, on all workers."""
     fingerprint, skip_bad = tokenizer_fingerprint(_tokenizer_of(work)), _skips_bad(config)
     job = Job(work.pieces, _tokenizer_of(work), fingerprint, config.text_key, skip_bad)
     results = {domain: _Tokenized() for domain in sources}
     sizes = [source.size for entries in sources.values() for source in entries]
-    total = None if None in sizes else sum(size for size in sizes if size)
+    part, parts = part_of(config)
+    total = None if None in sizes or parts > 1 else sum(size for size in sizes if size)
+    counted = itertools.count()
 
     def unfinished(progress: Progress) -> Iterator[_Task]:
         for domain, entries in sources.items():
             pieces = (piece for source in entries for piece in source.pieces(config.text_key, skip_bad))
             for number, piece in enumerate(pieces):
+                if next(counted) % parts != part:
+                    continue
                 name = f"{domain}-{number:07d}"
                 results[domain].names.append(name)
                 table = load_table(work.pieces, name)

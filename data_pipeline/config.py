@@ -35,7 +35,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """Everything `megafab data` is told. `workers` and `overwrite` do not change the result."""
+    """Everything `megafab data` is told. `workers`, `part` and `overwrite` do not change the result."""
 
     # Domain name -> path, glob, `datasets` id, or a list of them; null: the standard library of this Python.
     sources: dict[str, Any] | None = None
@@ -46,6 +46,9 @@ class BuildConfig:
     seed: int = 1234  # order of documents within a shard
     skip_bad: bool = False  # count and report bad documents instead of stopping at the first
     workers: int = 2  # processes
+    # K/N: tokenize only the K-th of N parts, K from 0. Other commands, on other machines too, do the others;
+    # then the same command without part= puts the corpus together.
+    part: str | None = None
     stdlib_bytes: int = 8_000_000  # per domain of the default corpus
     overwrite: bool = False  # replace a corpus that was built from another request
 
@@ -106,6 +109,27 @@ def check_difficulty(config: DifficultyConfig) -> None:
         raise ConfigErrors([problem for problem in problems if problem is not None])
 
 
+def _bad_part(config: BuildConfig) -> ConfigError | None:
+    try:
+        part_of(config)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def part_of(config: BuildConfig) -> tuple[int, int]:
+    """(K, N) of `part=K/N`; (0, 1) for all.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    number, slash, of = (config.part or "0/1").partition("/")
+    if slash and number.isdecimal() and of.isdecimal() and int(number) < int(of):
+        return int(number), int(of)
+    expected = "K/N with K from 0 to N - 1"
+    raise ConfigError(f"part={config.part}", "no part", expected, "part=0/8 for the first of eight")
+
+
 def check(config: BuildConfig) -> None:
     """Refuse what cannot be built, all problems at once.
 
@@ -145,6 +169,7 @@ def _problems(config: BuildConfig) -> list[ConfigError | None]:
         )
         if path and not given
         else None,
+        _bad_part(config),
         *[_bad_domain(name, value) for name, value in (config.sources or {}).items()],
         ConfigError("sources={}", "no domain", "at least one", "sources={name: PATH}, or leave sources out")
         if config.sources is not None and not config.sources

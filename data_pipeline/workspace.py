@@ -69,24 +69,29 @@ def save_array(path: Path, array: np.ndarray) -> None:
 class Workspace:
     """The directory beside `out` where a build happens. One build at a time; kept when it is interrupted.
 
-    `pieces` has its finished parts, `result` what `publish` gives the name of `out`.
+    `pieces` has its finished parts, `result` what `publish` gives the name of `out`. With `shared`, several
+    commands, on several machines too, make parts at the same time; none of them publishes or tidies up.
     """
 
-    def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, request: Mapping[str, Any], *, shared: bool = False) -> None:
         self._out = out = out.absolute()
         self.root = out.with_name(f".{out.name}.building")
         self.pieces, self.result = self.root / "pieces", self.root / "result"
-        self._request = json.dumps(request)
+        self._request, self._shared = json.dumps(request), shared
 
     def __enter__(self) -> Workspace:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.root / _LOCK, "w")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             found, fix = "another build at work there", "wait for it, or stop it"
             raise UserError(str(self.root), found, "one at a time", fix) from None
         request = self.root / "request.json"
+        if self._shared:
+            with self.exclusive("request"):
+                self._join(request)
+            return self
         leftovers = request.read_text() if request.exists() else None
         if leftovers is not None and leftovers != self._request:
             print(f"{self.root} has leftovers of a build of another request: starting over")
@@ -103,10 +108,29 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._shared:
+            self._lock.close()
+            return
         # After bad input the next request is another one: the input, or the configuration, has to change.
         if kind is None or (issubclass(kind, UserError) and not issubclass(kind, Interrupted)):
             shutil.rmtree(self.root)
         self._lock.close()
+
+    @contextmanager
+    def exclusive(self, name: str) -> Generator[None]:
+        """One of the commands that share the directory at a time; the others wait."""
+        with open(self.root / f"{name}.{_LOCK}", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _join(self, request: Path) -> None:
+        """Begin the work on a request, or take part in it."""
+        leftovers = request.read_text() if request.exists() else None
+        if leftovers is not None and leftovers != self._request:
+            found, fix = "parts of a build of another request", f"delete it, or wait: {self.root}"
+            raise UserError(str(self.root), found, "those of this request", fix)
+        self.pieces.mkdir(exist_ok=True)
+        request.write_text(self._request)
 
     def publish(self) -> None:
         """Give the finished result its name. A reader finds the old one, none, or the new one."""

@@ -26,13 +26,20 @@ class Verb:
     """One verb: the module with its `main(overrides) -> exit code`, and where its configuration is.
 
     `schema` is `module:dataclass` and `config` the file of `conf/` below it; a verb without them
-    documents its arguments in its module's docstring.
+    documents its arguments in its module's docstring. `has_flags`: the module has `FLAGS`, name by name with
+    what they do. `also` names a verb whose keys it takes as well.
     """
 
     module: str
     summary: str
     schema: str = ""
     config: str = ""
+    has_flags: bool = False
+    also: str = ""
+
+    def load_flags(self) -> dict[str, str]:
+        """The flags of its own."""
+        return importlib.import_module(self.module).FLAGS if self.has_flags else {}
 
     def load_schema(self) -> type[Any]:
         """The dataclass of the verb's configuration."""
@@ -44,6 +51,10 @@ VERBS = {
     "train": Verb(
         "launch.train", "train a model, on ranks of its own or of torchrun's or srun's",
         "megafab.config.schema:RunConfig", "train",
+    ),
+    "submit": Verb(
+        "launch.submit", "queue a training run on a Slurm cluster, as jobs that survive it",
+        "megafab.config.submit:SubmitConfig", "submit", has_flags=True, also="train",
     ),
     "data": Verb(
         "launch.data", "turn text into a tokenizer and shards to train on",
@@ -87,16 +98,22 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return run(argv)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR
+        return _told(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where, fix = str(error.filename or "output"), "free space and run the same command again"
-        print(UserError(where, os.strerror(error.errno), "room to write", fix), file=sys.stderr)
-        return USER_ERROR
+        return _told(UserError(where, os.strerror(error.errno), "room to write", fix))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _told(error: UserError) -> int:
+    from launch.job import refuse
+
+    print(error, file=sys.stderr)
+    refuse(str(error))
+    return USER_ERROR
 
 
 def _run(argv: list[str]) -> int:
@@ -117,11 +134,12 @@ def _run(argv: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
         return 0
-    flags = [argument for argument in rest if argument.startswith("-")]
+    taken = verb.load_flags()
+    flags = [argument for argument in rest if argument.startswith("-") and argument not in taken]
     if flags[:1] == ["--cfg"] and verb.schema:
         return _show_config(verb, rest)
     if flags:
-        known = ["--help", "--cfg"] if verb.schema else ["--help"]
+        known = [*taken, "--help", *(["--cfg"] if verb.schema else [])]
         raise _unknown(flags[0], "a flag", known, f"megafab {name} --help lists keys and flags")
     return importlib.import_module(verb.module).main(rest)
 
@@ -153,6 +171,10 @@ def _show_config(verb: Verb, arguments: list[str]) -> int:
         stages.check_all(declared)
         if declared:
             return 0
+    if verb.config == "submit":
+        from launch.submit import own
+
+        overrides = own(overrides)
     config = load.compose(verb.load_schema(), verb.config, overrides)
     print(load.resolved_yaml(config), end="", flush=True)
     if verb.config == "train":
@@ -179,7 +201,11 @@ def _help(name: str, verb: Verb) -> str:
     from megafab.config.docs import key_docs
     from megafab.config.load import config_groups
 
-    lines = [f"usage: megafab {name} [key=value ...] [--cfg job]", ""]
+    flags = verb.load_flags()
+    shown = "".join(f" [{flag}]" for flag in flags)
+    lines = [f"usage: megafab {name} [key=value ...]{shown} [--cfg job]", ""]
+    if flags:
+        lines += [*(f"  {flag:<12} {text}" for flag, text in flags.items()), ""]
     groups = config_groups(verb.config)
     if groups:
         lines.append("presets (files of conf/):")
@@ -191,6 +217,8 @@ def _help(name: str, verb: Verb) -> str:
     for doc in key_docs(verb.load_schema()):
         text = f"  {doc.text}" if doc.text else ""
         lines.append(f"  {doc.key + '=' + doc.default:<42} {doc.takes}{text}")
+    if verb.also:
+        lines += ["", f"and all keys of megafab {verb.also}, which is what the job runs."]
     return title + "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from megafab.errors import ConfigError
 from megafab.resilience.config import STALLED
 
 LAUNCHED = "MEGAFAB_LAUNCHED"  # set in the environment of ranks that `start` started
@@ -68,10 +69,30 @@ def rank_environment(env: MutableMapping[str, str] = os.environ) -> RankEnvironm
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
         env["MASTER_ADDR"] = first_host(nodes)
     if "MASTER_PORT" not in env:
-        # Every rank computes the same port; jobs, and steps of a job, on one node get different ones.
-        job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
-        env["MASTER_PORT"] = str(10000 + (job * 7 + step) % 20000)
+        # Every rank computes the same port; jobs, steps of a job and its restarts get different ones.
+        numbers = ("SLURM_JOB_ID", 7), ("SLURM_STEP_ID", 1), ("SLURM_RESTART_COUNT", 1)
+        env["MASTER_PORT"] = str(10000 + sum(int(env.get(name, 0)) * n for name, n in numbers) % 20000)
     return place
+
+
+def check_nodes(asked: int | None, env: Mapping[str, str] = os.environ) -> None:
+    """Refuse another number of nodes than the ranks are on.
+
+    Raises:
+        ConfigError: there are others, or this command would start all ranks on this machine.
+    """
+    if asked is None:
+        return
+    nodes = 1
+    if is_joining(env):
+        told = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES")
+        if told is None:  # started by torchrun without Slurm, which does not tell
+            return
+        nodes = int(told)
+    if nodes != asked:
+        found = f"ranks on {nodes} node{'s' if nodes != 1 else ''}"
+        fix = "megafab submit cluster=NAME, or leave launch.nodes out"
+        raise ConfigError(f"launch.nodes={asked}", found, f"ranks on {asked} nodes", fix)
 
 
 def _started_as(env: Mapping[str, str]) -> RankEnvironment | None:

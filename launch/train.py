@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from launch import ranks as local
+from launch.job import time_limit
 from launch.operation import operate
 from megafab import stages as staged
 from megafab.config import load, rules
@@ -23,6 +24,7 @@ from megafab.config import stages as declared
 from megafab.config.schema import RunConfig
 from megafab.config.stages import Stage
 from megafab.errors import ConfigError
+from megafab.resilience.signals import Received
 
 _STAGE = "stage="
 _COMMAND = (sys.executable, "-m", "launch.cli", "train")
@@ -66,7 +68,7 @@ def _train_stages(stages: Sequence[Stage], overrides: Sequence[str]) -> int:
         return local.start(launch.ranks, command, run_dir=run_dir, threads=launch.threads, heard=heard)
 
     root = Path(stages[0].config.run.dir).parent
-    _make_run_directory(root)
+    make_run_directory(root)
     with alone(root):
         return staged.run(stages, train, lambda: bool(heard), lambda text: print(text, flush=True))
 
@@ -76,7 +78,7 @@ def _prepare(stage: Stage, stages: Sequence[Stage]) -> None:
     for other in stages:
         staged.is_done(other, stages)  # or says what changed under the others
     run_dir = Path(stage.config.run.dir)
-    _make_run_directory(run_dir)
+    make_run_directory(run_dir)
     with alone(run_dir):
         staged.prepare(stage, stages, operate)
 
@@ -84,17 +86,18 @@ def _prepare(stage: Stage, stages: Sequence[Stage]) -> None:
 def _train(config: RunConfig, overrides: Sequence[str]) -> int:
     """One run: as one of its ranks, or by starting them with the same `overrides`."""
     rank, local_rank, world = local.rank_environment()
+    local.check_nodes(config.launch.nodes)
     ranks = world if local.is_joining() else config.launch.ranks
     rules.check_all(config, ranks=ranks, corpus=rules.corpus_facts(config))
     if rank == 0:
-        _make_run_directory(Path(config.run.dir))
+        make_run_directory(Path(config.run.dir))
     if ranks > 1 and not local.is_joining():
         command = [*_COMMAND, *overrides]
         return local.start(ranks, command, run_dir=Path(config.run.dir), threads=config.launch.threads)
     return _train_rank(config, rank, local_rank, ranks)
 
 
-def _make_run_directory(path: Path) -> None:
+def make_run_directory(path: Path) -> None:
     """Make it, or find out that it cannot be written before ranks and torch start."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,12 @@ def _make_run_directory(path: Path) -> None:
 
 
 def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> int:
-    """One rank of the job. Heavy imports come after every check."""
+    """One rank of the job. Heavy imports come after every check, and once signals are noted."""
+    with Received() as received:
+        return _train_noting(config, rank, local_rank, ranks, received)
+
+
+def _train_noting(config: RunConfig, rank: int, local_rank: int, ranks: int, received: Received) -> int:
     if config.launch.device.value != "auto":
         os.environ["MEGAFAB_DEVICE"] = config.launch.device.value
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
@@ -121,13 +129,13 @@ def _train_rank(config: RunConfig, rank: int, local_rank: int, ranks: int) -> in
     from megafab.train import fit
 
     with alone(Path(config.run.dir)) if rank == 0 else nullcontext():
-        run = build(config, ranks=ranks)
+        run = build(config, ranks=ranks, received=received, limit=time_limit())
         if rank == 0:
             staged.begin(config)
         with run.watchdog:
             progress = fit(run)
         shutdown()
-        if rank == 0 and not run.schedules.remaining(progress):
+        if rank == 0 and not run.schedules.remaining(progress) and not progress.owes_evaluation:
             staged.finish(config, progress)
     return run.signals.exit_code
 

@@ -36,7 +36,7 @@ from megafab.optim.config import WHOLE_MATRICES, OptimConfig, ScheduleConfig
 from megafab.optim.schedules import Schedules, rates
 from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
-from megafab.resilience.signals import Signals
+from megafab.resilience.signals import Received, Signals, TimeLimit
 from megafab.resilience.stragglers import Stragglers
 from megafab.resilience.watchdog import Watchdog
 from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
@@ -51,15 +51,25 @@ from megafab.topology.mesh import Mesh
 if TYPE_CHECKING:
     from megafab.engine.deepspeed import DeepSpeedEngine
 
+_EVALUATED_TOGETHER = 8  # micro-batches of an evaluation for each pipeline stage: at most an eighth is bubble
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = print) -> Run:
+def build(
+    config: RunConfig,
+    *,
+    ranks: int,
+    received: Received | None = None,
+    limit: TimeLimit | None = None,
+    message: Callable[[str], None] = print,
+) -> Run:
     """Make the run of this rank. The platform has been started, the rules have passed.
 
     Args:
         config: the whole configuration.
         ranks: the size of the job.
+        received: the signals that this rank was sent; None: none can come.
+        limit: the job's time limit, if it has one.
         message: shows one line to the user before telemetry exists; rank 0 only.
 
     Raises:
@@ -118,12 +128,20 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         config=plain,
         header=_header(config, shape, mesh, data, weights, engine.memory(), schedules.describe(), kernels),
         preface=list(schedule_text.lines(schedules)),
+        ranks=ranks,
         is_writer=groups.rank == 0,
         log_every=config.train.log_every,
         peak_flops=peak * ranks if peak else None,
         total_steps=schedules.total_steps,
         synchronize=platform.synchronize,
     )
+    signals = Signals(groups.agree_max, received or Received(), limit=limit)
+    validation = _validation(config, data, groups)
+
+    def saved(step: int, seconds: float) -> None:
+        signals.saved(seconds)
+        telemetry.saved(step, seconds)
+
     return Run(
         engine=engine,
         loader=loader,
@@ -149,11 +167,12 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
             topology=_axes(mesh),
             rates=lambda config, then, now: rates(schedules, _schedules_of(config), then, now),
             message=telemetry.message,
+            saved=saved,
             group=groups.host,
         ),
-        validation=_validation(config, data, groups),
+        validation=validation,
         invariants=Invariants(engine, groups, config.resilience.check_every),
-        signals=Signals(groups.agree_max),
+        signals=signals,
         watchdog=Watchdog(
             config.resilience.stall_seconds,
             groups=groups,
@@ -171,7 +190,7 @@ def build(config: RunConfig, *, ranks: int, message: Callable[[str], None] = pri
         ),
         cadence=Cadence(
             eval_every=config.eval.every,
-            evaluate=config.eval.samples > 0,
+            evaluate=bool(validation.batches),
             save_every=config.checkpoint.every,
             save_last=config.checkpoint.save_last,
             max_skipped=config.train.max_skipped,
@@ -274,7 +293,10 @@ def _engine(
 
 
 def _validation(config: RunConfig, data: DataPlan, groups: Groups) -> Validation:
-    """All domains' sequences as one batch, so that a pipeline fills once and not once a domain."""
+    """All domains' sequences, in parts between which a signal is heard.
+
+    A part is of several domains, and long enough for a pipeline to be full most of the time.
+    """
     micro = config.train.micro_batch
     by_domain = validation_batches(
         data.corpus,
@@ -292,7 +314,9 @@ def _validation(config: RunConfig, data: DataPlan, groups: Groups) -> Validation
     # The interleaved schedule takes whole rounds of the pipeline; the filling counts for nothing.
     missing = -len(batches) % groups.mesh.pipeline if groups.mesh.virtual_pipeline > 1 else 0
     batches += [batches[-1].without_labels()] * missing
-    return Validation((Batch.concatenate(batches),), micro)
+    part = _EVALUATED_TOGETHER * groups.mesh.pipeline
+    parts = (batches[start : start + part] for start in range(0, len(batches), part))
+    return Validation(tuple(Batch.concatenate(batches) for batches in parts), micro)
 
 
 def _header(

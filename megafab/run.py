@@ -44,7 +44,8 @@ class Progress:
     `tokens` counts positions the model computed (rows x sequence length), padding included, `layer_tokens`
     the same with positions that a layer left out not counted for it, `flops` the model FLOPs of it all;
     `skipped` counts steps whose update was discarded, `skipped_in_a_row` the current streak. `before` is what
-    the runs have spent whose checkpoint this one began with.
+    the runs have spent whose checkpoint this one began with. `owes_evaluation`: one was due after this step,
+    and the run was left without it.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     before: Totals = field(default_factory=Totals)
+    owes_evaluation: bool = False
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Progress:
@@ -85,6 +87,7 @@ class Progress:
             flops=self.flops + plan.flops,
             skipped=self.skipped + (not outcome.applied),
             skipped_in_a_row=0 if outcome.applied else self.skipped_in_a_row + 1,
+            owes_evaluation=False,
         )
 
 

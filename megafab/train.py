@@ -8,15 +8,17 @@ techniques (`techniques/base.py`). The loop holds no state but the progress: wit
 keeps after step k, step k + 1 of a new process is bit for bit what it would have been.
 
 The host waits for the device where it must: for the gradient norm, which decides whether the update is
-applied, and for the losses on steps that are logged. Ranks agree on a signal about once a second.
+applied, and for the losses on steps that are logged. Ranks agree on a signal about once a second, and within
+an evaluation too: what is left of it, or all, is then made up for when the run goes on.
 """
 
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
-from megafab.engine.base import nll_only
 from megafab.errors import UserError
+from megafab.evaluation import evaluate, make_up
 from megafab.loss.ledger import LedgerReport, LossLedger
 from megafab.run import Progress, Run, StepOutcome, StepPlan
 
@@ -33,15 +35,18 @@ def fit(run: Run) -> Progress:
     progress = run.checkpoints.restore()
     run.telemetry.start(progress)
     part, weights = run.telemetry.timers, run.engine.weights()
-    with closing(run), run.signals, run.checkpoints:
+    with closing(run), run.checkpoints:
         run.bus.start(progress, weights)
-        if not run.schedules.remaining(progress):
+        progress, leaving = make_up(run, progress)
+        if leaving:
+            run.telemetry.message(f"{run.signals.name}: left before a step; run the same command to go on")
+        elif not run.schedules.remaining(progress):
             run.telemetry.message(
                 f"nothing left to do: step {progress.step} reaches train.steps or train.tokens; "
                 "raise it to go on"
             )
 
-        while run.schedules.remaining(progress):
+        while run.schedules.remaining(progress) and not leaving:
             run.telemetry.begin(progress.step + 1)
             plan = run.bus.schedule(run.schedules.at(progress), progress)
             plan = run.loader.limit(plan)
@@ -59,13 +64,12 @@ def fit(run: Run) -> Progress:
             progress = progress.advance(plan, outcome)
             run.stragglers.compare(progress.step)
 
-            last = not run.schedules.remaining(progress)
-            leaving = run.signals.leave() and not last
-            valid = None
-            wanted = run.bus.reads_evaluation or not leaving
-            if run.cadence.evaluates(progress.step, last) and wanted:
+            last, leaving, valid = not run.schedules.remaining(progress), run.signals.leave(), None
+            if run.cadence.evaluates(progress.step, last):
                 with part("evaluate"):
-                    valid = evaluate(run, regular=run.cadence.evaluates(progress.step, False))
+                    valid = None if leaving else evaluate(run, progress)
+                progress = replace(progress, owes_evaluation=valid is None)
+            leaving = progress.owes_evaluation or (leaving and not last)  # a run that is complete ends anyway
             _record(run, plan, progress, outcome, ledger, valid, last)
             saving = run.cadence.saves(progress.step, last) or leaving
             run.invariants.check(progress.step, saving=saving)
@@ -76,28 +80,8 @@ def fit(run: Run) -> Progress:
                 run.telemetry.message(
                     f"{run.signals.name}: saved after step {progress.step}; run the same command to go on"
                 )
-                break
             _require_progress(run, progress, outcome)
     return progress
-
-
-def evaluate(run: Run, *, regular: bool) -> LedgerReport:
-    """The loss on the validation split by domain, with the weights that techniques want evaluated.
-
-    Leaves no trace: the weights are back to the last bit, and no random number is drawn. Techniques are told
-    the losses of a `regular` evaluation only, not of one because the run ends, which a longer run would not
-    have.
-    """
-    weights = run.engine.weights()
-    run.bus.eval(True, weights)
-    ledger, *rest = (
-        run.engine.evaluate(batch, run.validation.micro_batch, nll_only) for batch in run.validation.batches
-    )
-    for other in rest:
-        ledger.merge(other)
-    report = ledger.reduced()
-    run.bus.eval(False, weights, report if regular else None)
-    return report
 
 
 def _record(
@@ -112,7 +96,8 @@ def _record(
     """One row for the sinks where one is due; without one, nothing is reduced or waited for."""
     if not outcome.applied:
         run.telemetry.message(f"step {progress.step}: update discarded, {outcome.verdict.reason}")
-    if not run.telemetry.due(progress.step, last) and valid is None:
+    evaluates = valid is not None or progress.owes_evaluation
+    if not run.telemetry.due(progress.step, last) and not evaluates:
         return
     losses = ledger.reduced()
     run.telemetry.record(

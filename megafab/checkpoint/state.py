@@ -101,6 +101,8 @@ class Checkpoints:
         rates: says of a checkpoint's configuration and progress what the learning rate was there, and what it
             is in the steps that follow the second progress.
         message: shows one line to the user; from any thread.
+        saved: is told of each save, once it is committed: its step, and the seconds since it was begun; from
+            any thread.
         group: process group of host memory; None: all ranks.
     """
 
@@ -118,13 +120,14 @@ class Checkpoints:
         topology: Mapping[str, int],
         rates: Callable[[Mapping[str, Any], Progress, Progress], str],
         message: Callable[[str], None],
+        saved: Callable[[int, float], None],
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config, self._start = config, start
         self._run_dir, self._directory = Path(run_dir), Path(run_dir) / "checkpoints"
         self._engine, self._loader, self._techniques = engine, loader, techniques
         self._data, self._resolved, self._topology = dict(data), resolved, dict(topology)
-        self._rates, self._message = rates, message
+        self._rates, self._message, self._saved = rates, message, saved
         self._group, self._team = group, Team(group)
         self._lineage: list[dict[str, Any]] = []
         self._snapshot, self._background = Snapshot(), Background()
@@ -165,7 +168,9 @@ class Checkpoints:
         state, tensors = self._state(progress), self._tensors()
         if wait or failed is not None or not self._config.asynchronous:
             path = self._write(progress.step, tensors, state, self._group)
-            self._message(f"saved {path} in {time.perf_counter() - begin:.1f} s")
+            taken = time.perf_counter() - begin
+            self._message(f"saved {path} in {taken:.1f} s")
+            self._saved(progress.step, taken)
             return path
         copies, state = self._snapshot.take(tensors), copy.deepcopy(state)
         copied = time.perf_counter() - begin
@@ -179,6 +184,7 @@ class Checkpoints:
                 raise
             taken = time.perf_counter() - begin
             self._message(f"saved {path} in {taken:.1f} s; training waited {copied:.2f} s")
+            self._saved(progress.step, taken)
 
         self._background.start(write)
         return store.path_of(self._directory, progress.step)

@@ -10,6 +10,7 @@ logging) is never started, and torch is not imported.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,44 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str], *, unde
         if not problems:
             return config
     raise ConfigErrors(problems)
+
+
+def is_sweep(text: str) -> bool:
+    """Whether an override of a training run has several values: `optim.lr=1e-3,3e-4`, `train.seed=range(4)`.
+
+    What a key that takes text is given is one text, whatever is in it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return False  # a mistake, of which `compose` tells
+    return override.is_sweep_override() and not _takes_text(RunConfig, text.partition("=")[0])
+
+
+def sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of the values that the overrides of a sweep give, the last varying fastest.
+
+    Raises:
+        ConfigError: none of them is a sweep, or one is of a kind that needs Hydra's own launcher (a glob).
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    axes: list[list[str]] = []
+    for text in filter(is_sweep, overrides):
+        override = OverridesParser.create().parse_override(text)
+        try:
+            axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+        except HydraException as error:
+            expected, fix = "a list of values, or range(...)", f"{override.get_key_element()}=a,b,c"
+            raise ConfigError(text, " ".join(str(error).split()), expected, fix) from None
+    if not axes:
+        expected, fix = "a key with several values", "add one, such as optim.lr=1e-3,3e-4, or leave it out"
+        raise ConfigError("--multirun", "no sweep", expected, fix)
+    return list(itertools.product(*axes))
 
 
 def declared_stages(overrides: Sequence[str]) -> Tree:

@@ -158,8 +158,7 @@ class Technique:
 
     Class attributes: `name` is its field in `techniques.config.TechniquesConfig`; `needs` the engine
     capabilities without which it cannot work; `writes` the `RESOURCES` it changes, `composes` those of them
-    that others may change too; `after` the techniques whose hooks run first when they are on;
-    `reads_evaluation` says that its state depends on evaluations, so that none may be left out; `terms` the
+    that others may change too; `after` the techniques whose hooks run first when they are on; `terms` the
     names `on_loss` adds to the loss, `notes` those it only has added up (`LossTerms.note`).
 
     Args:
@@ -172,7 +171,6 @@ class Technique:
     writes: ClassVar[frozenset[str]] = frozenset()
     composes: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ()
-    reads_evaluation: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[tuple[str, ...]] = ()
 

@@ -41,7 +41,6 @@ class Bus:
 
     Attributes:
         terms: the names of the loss terms they add, in order; `notes` those of what they only record.
-        reads_evaluation: whether a state depends on evaluations, so that none may be left out.
         plain_loss: whether the loss is the nll alone, every token with the same weight.
         reduced: edits the reduced gradients; None where no technique does.
 
@@ -68,7 +67,6 @@ class Bus:
         _check_writes(self._techniques)
         self.terms = tuple(term for technique in self._techniques for term in technique.terms)
         self.notes = tuple(note for technique in self._techniques for note in technique.notes)
-        self.reads_evaluation = any(technique.reads_evaluation for technique in self._techniques)
         self.plain_loss = not any(
             technique.writes & {"loss_terms", "token_weights"} for technique in self._techniques
         )

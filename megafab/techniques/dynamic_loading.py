@@ -35,7 +35,6 @@ class DynamicLoading(MixingPolicy):
     """The weights of domains from how far they are above their references."""
 
     name = "dynamic_loading"
-    reads_evaluation = True
     config: DynamicLoadingConfig
 
     def __init__(self, config: DynamicLoadingConfig, facts: Facts) -> None:

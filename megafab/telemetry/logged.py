@@ -1,6 +1,7 @@
 """A run directory, read back: its rows, its configuration, and what they say in a few numbers.
 
-`metrics.jsonl` and `config.yaml` must be there; the facts in `header.json` and a text in `sample.txt` may.
+`metrics.jsonl` and `config.yaml` must be there; the facts in `header.json`, the account of its sessions and a
+text in `sample.txt` may.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from typing import Any
 from megafab.errors import UserError
 from megafab.telemetry.charts import Series
 from megafab.telemetry.rows import HEADER_FILE, METRICS_FILE, STAGES_FILE, flatten, read_rows
+from megafab.telemetry.sessions import Goodput, goodput
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedRun:
-    """A run directory, read. `rows` are flat: `domain_loss/books`; `parent` names the run before it."""
+    """A run directory, read. `rows` are flat: `domain_loss/books`; `parent` names the run before it.
+
+    `spent` is the account of its time.
+    """
 
     name: str
     color: int
@@ -30,6 +35,7 @@ class LoggedRun:
     header: Mapping[str, str]
     sample: str
     parent: str = ""
+    spent: Goodput | None = None
 
     def column(self, key: str) -> list[float | None]:
         """The numbers under `key`, row by row; None where there is none."""
@@ -120,6 +126,7 @@ def load_run(path: Path, name: str, color: int = 0, parent: str = "") -> LoggedR
         header=json.loads(header.read_text(encoding="utf-8")) if header.exists() else {},
         sample=sample.read_text(encoding="utf-8") if sample.exists() else "",
         parent=parent,
+        spent=goodput(path),
     )
 
 
@@ -157,9 +164,16 @@ def summary(run: LoggedRun) -> dict[str, Any]:
         "wall_seconds": sum(run.known("wall_seconds")),
         "evaluate_seconds": sum(run.known("evaluate_seconds")),
         "checkpoint_seconds": sum(run.known("checkpoint_seconds")),
-        "restarts": max((row.get("session", 1) for row in run.rows), default=1) - 1,
+        "goodput": None if run.spent is None else run.spent.share,
+        "restarts": _sessions(run) - 1,
         "skipped": last.get("skipped", 0),
     }
+
+
+def _sessions(run: LoggedRun) -> int:
+    """Launches of a run, those included that never came to a row, where they are known."""
+    logged = max((row.get("session", 1) for row in run.rows), default=1)
+    return logged if run.spent is None else max(logged, run.spent.sessions)
 
 
 def _unless(value: Any, same: Any) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 
 from megafab.run import Action, Progress, StepOutcome, StepPlan, StepRecord
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind
-from megafab.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
+from megafab.telemetry.rows import chain_of
+from megafab.telemetry.sessions import Session
+from megafab.telemetry.sinks import JsonlSink, Sink, StagesSink, TensorBoardSink, WandbSink
 from megafab.telemetry.terminal import Terminal
 from megafab.telemetry.timers import Timers
 
@@ -47,6 +49,7 @@ class Telemetry:
         peak_flops: for MFU, of all devices of the job together; None when not known.
         total_steps: the length of the run as far as it is known; the loop says which step is the last.
         synchronize: waits for the device; called on steps that will be recorded only.
+        session: notes when this launch of the run has its machines; None: nothing does.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class Telemetry:
         peak_flops: float | None,
         total_steps: int,
         synchronize: Callable[[], None] | None = None,
+        session: Session | None = None,
     ) -> None:
         self.timers = Timers(synchronize)
+        self._session = session if is_writer else None
         self._sinks = tuple(sinks) if is_writer else ()
         self._open = ExitStack()
         self._log_every = log_every
@@ -69,6 +74,9 @@ class Telemetry:
 
     def start(self, progress: Progress) -> None:
         """Begin, or go on, at `progress`: open the sinks, void what they hold beyond it, start the clock."""
+        self.timers.step = progress.step
+        if self._session is not None:
+            self._session.begin(progress.step)
         for sink in self._sinks:
             sink.open(progress.step)
             self._open.callback(sink.close)
@@ -100,7 +108,7 @@ class Telemetry:
         extra: Mapping[str, Any],
         valid: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a step that is due, that evaluated, or that was the last; other steps are ignored.
+        """Record a step. The loop asks for those that are due, that evaluated or should have, and the last.
 
         Args:
             plan: what the step did.
@@ -113,7 +121,7 @@ class Telemetry:
             extra: numbers of a technique under its name.
             valid: `loss` and `domain_loss` on the validation split, on steps that evaluated.
         """
-        if not self._sinks or not (self.due(progress.step, last) or valid):
+        if not self._sinks:
             return
         row: dict[str, Any] = {
             "step": progress.step,
@@ -135,9 +143,10 @@ class Telemetry:
             "domain_loss": dict(domain_loss),
             "domain_weight": dict(domain_weight),
         }
+        if self._session is not None:
+            row |= {"session": self._session.number, "goodput": self._session.share(row)}
         if valid:
-            row["valid_loss"] = valid["loss"]
-            row["valid_domain_loss"] = dict(valid["domain_loss"])
+            row.update(_validation(valid))
         if outcome.verdict.action is not Action.APPLY:
             row["verdict"] = {"action": outcome.verdict.action.name, "reason": outcome.verdict.reason}
         assert not row.keys() & extra.keys(), f"a technique is called like a key: {row.keys() & extra.keys()}"
@@ -147,6 +156,16 @@ class Telemetry:
             for sink in self._sinks:
                 sink.record(StepRecord(row))
 
+    def amend(self, step: int, valid: Mapping[str, Any]) -> None:
+        """Add the evaluation to the row of a step that was recorded without it."""
+        for sink in self._sinks:
+            sink.amend(step, _validation(valid))
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Note that the checkpoint of a step is committed; from any thread."""
+        if self._session is not None:
+            self._session.saved(step, seconds)
+
     def message(self, text: str) -> None:
         """Show one line to the user; it is kept in the log."""
         for sink in self._sinks:
@@ -154,6 +173,10 @@ class Telemetry:
 
     def close(self) -> None:
         """Close every sink, the last opened first, so that the terminal still shows what the others say."""
+        if self._session is not None:
+            paused = self._paused_since()
+            training = time.perf_counter() - self._since_time - sum(paused.values())
+            self._session.end(self.timers.step, {"training": training, **paused})
         self._open.close()
 
     def _mark(self, progress: Progress) -> None:
@@ -172,6 +195,9 @@ class Telemetry:
         totals = self.timers.totals
         return {name: totals.get(name, 0.0) for name in PAUSES}
 
+    def _paused_since(self) -> dict[str, float]:
+        return {name: now - self._since_paused[name] for name, now in self._paused().items()}
+
     def _speed(self, progress: Progress) -> dict[str, Any]:
         """Speed over the steps since the last record, and where the time of a step went.
 
@@ -179,7 +205,7 @@ class Telemetry:
         last record. `seconds` is a mean per step over the current lap, and adds up to the step.
         """
         wall = time.perf_counter() - self._since_time
-        paused = {name: now - self._since_paused[name] for name, now in self._paused().items()}
+        paused = self._paused_since()
         training = wall - sum(paused.values())
         tokens_per_second = (progress.tokens - self._since.tokens) / training
         flops = progress.flops - self._since.flops
@@ -202,6 +228,10 @@ class Telemetry:
         return {name: seconds / steps for name, seconds in parts.items()}
 
 
+def _validation(valid: Mapping[str, Any]) -> dict[str, Any]:
+    return {"valid_loss": valid["loss"], "valid_domain_loss": dict(valid["domain_loss"])}
+
+
 def build_telemetry(
     run: RunSection,
     tracking: TrackingConfig,
@@ -209,6 +239,7 @@ def build_telemetry(
     config: Mapping[str, Any],
     header: Mapping[str, str],
     preface: Sequence[str],
+    ranks: int,
     is_writer: bool,
     log_every: int,
     peak_flops: float | None,
@@ -221,6 +252,7 @@ def build_telemetry(
         config: the whole resolved configuration as plain values, for config.yaml and wandb.
         header: model, parameters, topology, engine, data, precision and the like, label by label.
         preface: lines for the terminal after it.
+        ranks: of the job.
 
     The other arguments are those of `Telemetry`.
 
@@ -232,6 +264,9 @@ def build_telemetry(
         directory = Path(run.dir)
         terminal = Terminal(directory, total_steps, header, preface=preface)
         sinks = [terminal, JsonlSink(directory, header, config)]
+        stages = chain_of(directory)
+        if stages:
+            sinks.append(StagesSink(directory, stages))
         if tracking.kind is TrackingKind.wandb:
             sinks.append(WandbSink(directory, tracking, run.name, config, terminal.message))
         if tracking.tensorboard:
@@ -243,4 +278,5 @@ def build_telemetry(
         peak_flops=peak_flops,
         total_steps=total_steps,
         synchronize=synchronize,
+        session=Session(Path(run.dir), ranks),
     )

@@ -27,6 +27,7 @@ from megafab.telemetry.charts import (
 )
 from megafab.telemetry.comparison import Reach, reach, reference, shifts
 from megafab.telemetry.logged import LoggedRun, config_differences, load_runs, summary, yaml_value
+from megafab.telemetry.sessions import Goodput
 from megafab.telemetry.terminal import short
 
 # What `Telemetry` writes itself; every other key of a row is the name of a technique.
@@ -35,7 +36,7 @@ ROW_KEYS = frozenset(
     + ("seq_len", "skipped", "total_steps", "total_tokens", "total_flops")
     + ("tokens_per_second", "step_seconds", "mfu", "wall_seconds", "evaluate_seconds", "checkpoint_seconds")
     + ("seconds", "time", "domain_loss", "domain_weight", "valid_loss", "valid_domain_loss", "verdict")
-    + ("session", "nonfinite")
+    + ("session", "nonfinite", "goodput")
 )
 
 
@@ -67,6 +68,7 @@ def page(runs: Sequence[LoggedRun]) -> str:
         _config_differences(runs) if len(runs) > 1 else "",
         _costs(runs) if len(runs) > 1 else "",
         _shifts(runs),
+        _goodput(runs),
         _section("Learning", _learning(runs)),
         _section("Speed", _speed(runs)),
         _techniques(runs),
@@ -127,6 +129,7 @@ def _outcome(run: LoggedRun) -> dict[str, str]:
         ("seconds per step", "step_seconds", lambda v: f"{v:.4g} (median)"),
         ("MFU", "mfu", lambda v: f"{percent(v)} (median)"),
         ("wall time", "wall_seconds", lambda v: duration(v) + (f", of which {pauses}" if pauses else "")),
+        ("goodput", "goodput", percent),
         ("restarts", "restarts", str),
         ("discarded updates", "skipped", str),
     )
@@ -156,6 +159,7 @@ def _tiles(run: LoggedRun) -> str:
         ("tokens per second", numbers["tokens_per_second"], short),
         ("MFU", numbers["mfu"], percent),
         ("wall time", numbers["wall_seconds"], duration),
+        ("goodput", numbers["goodput"], percent),
     )
     shown = (f"<div><b>{text(v)}</b><span>{label}</span></div>" for label, v, text in tiles if v is not None)
     return f'<div class="tiles">{"".join(shown)}</div>'
@@ -236,6 +240,41 @@ def _shifts(runs: Sequence[LoggedRun]) -> str:
     return "".join(tables)
 
 
+def _goodput(runs: Sequence[LoggedRun]) -> str:
+    """What became of the time that the ranks were allocated, of each run and of all stages together."""
+    known = [(run.name, run.spent) for run in runs if run.spent is not None and run.spent.allocated > 0]
+    if not known:
+        return ""
+    if any(run.parent for run in runs):
+        total = Goodput()
+        for _, spent in known:
+            total.add(spent)
+        known.append(("all stages", total))
+    causes = dict.fromkeys(
+        cause for _, spent in known for cause, seconds in spent.lost.items() if seconds > 0
+    )
+
+    def shares(seconds: Callable[[Goodput], float]) -> list[str]:
+        return [percent(seconds(spent) / spent.allocated) for _, spent in known]
+
+    lines = {
+        "useful: steps that are part of the run": shares(lambda spent: spent.useful),
+        **{f"lost: {cause}": shares(lambda spent, c=cause: spent.lost.get(c, 0.0)) for cause in causes},
+        "allocated": [f"{spent.allocated / 3600:.3g} rank-hours" for _, spent in known],
+        "sessions": [str(spent.sessions) for _, spent in known],
+        "in the queue between them": [duration(spent.queued) for _, spent in known],
+    }
+    head = "".join(f"<th>{escape(name)}</th>" for name, _ in known)
+    body = "".join(
+        f"<tr><th>{escape(label)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for label, values in lines.items()
+    )
+    return (
+        '<h2>Goodput</h2><div class="card"><table>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
 def _section(title: str, figures: Iterable[str]) -> str:
     content = "".join(figures)
     return f'<h2>{escape(title)}</h2><div class="grid2">{content}</div>' if content else ""
@@ -291,6 +330,9 @@ def _learning(runs: Sequence[LoggedRun]) -> list[str]:
 def _speed(runs: Sequence[LoggedRun]) -> list[str]:
     figures = _one_each(
         runs, "tokens_per_second", "Throughput", zero=True, note="tokens per second of training"
+    )
+    figures += _one_each(
+        runs, "goodput", "Goodput so far", zero=True, label=percent, note="useful / allocated"
     )
     figures += _one_each(runs, "mfu", "MFU", zero=True, label=percent, note="model FLOP/s over peak")
     colors = _leaf_colors(runs, "seconds")

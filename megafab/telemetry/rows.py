@@ -6,6 +6,7 @@ JSON has no NaN and no infinity: such a number is written as null, and the row g
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,22 @@ METRICS_FILE = "metrics.jsonl"
 HEADER_FILE = "header.json"
 CONFIG_FILE = "config.yaml"
 STAGES_FILE = "stages.json"  # of a training in stages: their names and parents
+
+
+def chain_of(run_dir: Path) -> list[str]:
+    """The stages of the training that a run is one of, where each follows the one before it; else none.
+
+    A training that branches is several runs side by side, not one that goes on.
+    """
+    listed = run_dir.parent / STAGES_FILE
+    if not listed.exists():
+        return []
+    parents = {
+        name: entry["parent"] for name, entry in json.loads(listed.read_text(encoding="utf-8")).items()
+    }
+    names = list(parents)
+    follows = all(parents[name] == before for before, name in itertools.pairwise(names))
+    return names if follows and run_dir.name in names else []
 
 
 def to_line(row: Mapping[str, Any]) -> str:

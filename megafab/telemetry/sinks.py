@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megafab.telemetry.rows import (
     CONFIG_FILE,
     HEADER_FILE,
     METRICS_FILE,
+    chain_of,
     flatten,
     read_rows,
     replace_text,
@@ -46,6 +47,10 @@ class Sink(ABC):
     def record(self, record: StepRecord) -> None:
         """Take one logged step."""
 
+    @abstractmethod
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take numbers that the last record, of that step, could not have."""
+
     def message(self, text: str) -> None:  # noqa: B027 - only the terminal shows messages
         """Take one line for the reader."""
 
@@ -57,7 +62,6 @@ class Sink(ABC):
 class JsonlSink(Sink):
     """`metrics.jsonl`, flushed row by row, so that a killed run loses nothing it logged.
 
-    Each row also gets `session`: 1 for the first launch of the run, one more for each that followed.
     `header`, facts about the run for the reader of a report, is kept beside it in `header.json`, and the
     resolved configuration in `config.yaml`: written once the run has really begun, so that a resume that
     is refused leaves the record of the run as it was.
@@ -66,7 +70,6 @@ class JsonlSink(Sink):
     def __init__(self, run_dir: Path, header: Mapping[str, str], config: Mapping[str, Any]) -> None:
         self._path = run_dir / METRICS_FILE
         self._header, self._config = header, config
-        self._session = 1
 
     def open(self, step: int) -> None:
         """Drop the rows after `step`, which this session will write again."""
@@ -74,14 +77,66 @@ class JsonlSink(Sink):
         replace_text(self._path.with_name(HEADER_FILE), json.dumps(dict(self._header), indent=2) + "\n")
         replace_text(self._path.with_name(CONFIG_FILE), yaml.safe_dump(dict(self._config), sort_keys=False))
         if self._path.exists():
-            self._session = 1 + max((row.get("session", 1) for row in read_rows(self._path)), default=0)
             truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def record(self, record: StepRecord) -> None:
         """Append one row."""
-        self._file.write(to_line({**record.row, "session": self._session}))
+        self._file.write(to_line(record.row))
         self._file.flush()
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put the numbers into the row of that step."""
+        rows = [{**row, **values} if row["step"] == step else row for row in read_rows(self._path)]
+        self._file.close()
+        replace_text(self._path, "".join(map(to_line, rows)))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class StagesSink(Sink):
+    """`metrics.jsonl` of a training in stages that follow one another, beside their directories.
+
+    A row is that of the stage, with `step` counted from the beginning of the training, and `stage` and
+    `stage_step`, its own count.
+
+    Args:
+        run_dir: of this stage.
+        stages: all of them, in order.
+    """
+
+    def __init__(self, run_dir: Path, stages: Sequence[str]) -> None:
+        self._path = run_dir.parent / METRICS_FILE
+        self._stage, self._stages = run_dir.name, list(stages)
+
+    def open(self, step: int) -> None:
+        """Drop the rows of this stage after `step`, and of those after it."""
+        mine = self._stages.index(self._stage)
+        rows = read_rows(self._path) if self._path.exists() else []
+        known = [row for row in rows if row["stage"] in self._stages]
+        places = [(self._stages.index(row["stage"]), row["stage_step"]) for row in known]
+        kept = [row for row, place in zip(known, places, strict=True) if place <= (mine, step)]
+        replace_text(self._path, "".join(map(to_line, kept)))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def record(self, record: StepRecord) -> None:
+        """Append one row."""
+        row = record.row
+        own = {"step": row["total_steps"], "stage": self._stage, "stage_step": row["step"]}
+        self._file.write(to_line({**row, **own}))
+        self._file.flush()
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Put the numbers into the row of that step."""
+        self._file.close()
+        here = (self._stage, step)
+        rows = read_rows(self._path)
+        rows = [{**row, **values} if (row["stage"], row["stage_step"]) == here else row for row in rows]
+        replace_text(self._path, "".join(map(to_line, rows)))
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -114,9 +169,13 @@ class TensorBoardSink(Sink):
 
     def record(self, record: StepRecord) -> None:
         """Every number of the row as a scalar."""
-        for name, value in flatten(record.row).items():
+        self.amend(record.row["step"], record.row)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Every number as a scalar."""
+        for name, value in flatten(values).items():
             if isinstance(value, Real):
-                self._writer.add_scalar(name, float(value), record.row["step"])
+                self._writer.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -124,10 +183,11 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """One wandb run per run directory, whatever the number of launches.
+    """One wandb run per run directory, whatever the number of launches; one for stages that are a chain.
 
-    The run's id is kept in `<run.dir>/wandb_id`. `step` is the x axis of every plot, so that steps
-    taken again after a crash lie over the earlier ones instead of being refused by the server.
+    The id is kept in `<run.dir>/wandb_id`, that of stages beside them. `step`, or `total_steps`, is the x
+    axis of every plot, so that steps taken again after a crash lie over the earlier ones instead of being
+    refused by the server.
 
     Args:
         run_dir: holds `wandb/`.
@@ -159,6 +219,8 @@ class WandbSink(Sink):
             ) from error
         self._wandb = wandb
         self._dir = run_dir
+        self._home = run_dir.parent if chain_of(run_dir) else run_dir  # of the id
+        self._step = "step" if self._home == run_dir else "total_steps"
         self._tracking = tracking
         self._name = name
         self._config = config
@@ -190,27 +252,34 @@ class WandbSink(Sink):
             project=self._tracking.project,
             entity=self._tracking.entity,
             group=self._tracking.group,
-            name=self._name,
+            name=self._name.removesuffix("" if self._home == self._dir else f"-{self._dir.name}"),
             config=dict(self._config),
             settings=settings,
         )
-        run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric=self._step)
         where = f"offline; upload with: wandb sync {Path(run.dir).parent}" if mode == "offline" else run.url
         self._say(f"wandb: {where or mode}")
         return run
 
     def _run_id(self) -> str:
         """The id kept in the run directory, made on first use."""
-        path = self._dir / "wandb_id"
+        path = self._home / "wandb_id"
         if not path.exists():
             replace_text(path, secrets.token_hex(4) + "\n")
         return path.read_text(encoding="utf-8").strip()
 
     def record(self, record: StepRecord) -> None:
         """Hand the row to wandb's own process; returns at once."""
+        self._log(record.row)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Hand the numbers over as a row with the same step."""
+        self._log({"step": step, **values})
+
+    def _log(self, values: Mapping[str, Any]) -> None:
         if self._run is None:
             return
-        row = {name: value for name, value in flatten(record.row).items() if value is not None}
+        row = {name: value for name, value in flatten(values).items() if value is not None}
         try:
             self._run.log(row)
         except Exception as error:  # its process was killed, or its disk is full

@@ -66,6 +66,10 @@ class Terminal(Sink):
             total = max(self._total, row["step"])
             self._bar.update(self._bar.task_ids[0], total=total, completed=row["step"], numbers=numbers)
 
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self.message(f"step {step}/{self._total} | valid {values['valid_loss']:.4f}")
+
     def message(self, text: str) -> None:
         """One line, above the bar; from any thread."""
         with self._speaking:

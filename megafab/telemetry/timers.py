@@ -45,7 +45,8 @@ class Timers:
     """Seconds spent in each part since the last `lap`, and in total.
 
     Attributes:
-        step: the step under way, counted from 1; 0 before the first. For whoever asks where the run is.
+        step: the step under way, counted from 1; before the first, the last that was saved. For whoever asks
+            where the run is.
         part: the innermost part under way, `other` outside of all.
 
     Args:

@@ -39,6 +39,7 @@ class LaunchConfig:
     """Ranks this command starts itself; with torchrun or srun, the number they started."""
 
     ranks: int = 1
+    nodes: int | None = None  # of a Slurm job, with as many ranks on each; null: as many as the ranks fill
     device: Device = Device.auto
     threads: int | None = None  # CPU threads per rank; null: cores / ranks
     timeout_minutes: int = 30  # a rank that waits longer for the others ends the job

@@ -47,6 +47,7 @@ LEVELS = {
     "megafab.scorer": 8,
     "megafab.convert": 9,
     "megafab.checkpoint.surgery": 9,
+    "megafab.evaluation": 6,
     "megafab.train": 7,
     "megafab.stages": 9,
     "data_pipeline": 8,
@@ -59,6 +60,7 @@ TRAIN_MAY_IMPORT = (
     "megafab.techniques.base",
     "megafab.techniques.bus",
     "megafab.loss",
+    "megafab.evaluation",
 )
 DATA_PIPELINE_MAY_IMPORT = (
     "data_pipeline",

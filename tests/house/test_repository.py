@@ -37,6 +37,7 @@ def test_the_wheel_carries_its_configuration(tmp_path: Path):
         archive.extractall(installed)
     files = {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
     assert {str(path.relative_to(installed / "megafab/conf")) for path in installed.rglob("*.yaml")} == files
+    assert (installed / "megafab/slurm/job.sh.j2").read_bytes() == (ROOT / "slurm/job.sh.j2").read_bytes()
     program = (
         "from megafab.config.load import config_directory, load\n"
         "print(config_directory())\n"

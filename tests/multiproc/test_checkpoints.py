@@ -138,6 +138,7 @@ class Run:
             topology={"ranks": world},
             rates=lambda config, then, now: f"lr {config['optim']['lr']} from {then.step} to {now.step}",
             message=self.messages.append,
+            saved=lambda step, seconds: None,
         )
 
     def train_to(self, step: int, wait: bool = False) -> Path:

@@ -364,3 +364,38 @@ def test_a_run_that_only_discards_updates_ends(ranks, arguments, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     for step in range(bad + 1, bad + 5):
         assert f"step {step}: update discarded, the gradient norm is" in log
+
+
+def hears_while_evaluating(rank: int, world: int, overrides: list[str], deaf: int) -> int:
+    """As a rank whose scheduler ends the job in its first evaluation; only rank 1 hears of it."""
+    from megafab.engine.megatron import MegatronEngine
+
+    evaluate, calls = MegatronEngine.evaluate, []
+
+    def evaluate_and_hear(self, *arguments):
+        calls.append(None)
+        if len(calls) == deaf and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    MegatronEngine.evaluate = evaluate_and_hear
+    return train(rank, world, overrides)
+
+
+def test_an_evaluation_gives_way_and_is_made_up_for(ranks, arguments, tmp_path):
+    """By a technique too that is told the losses of an evaluation and acts on them."""
+    common = ["eval.every=10", "eval.samples=24", "train.log_every=4", "technique=[dynamic_loading]"]
+    common += ["techniques.dynamic_loading.reference={code: 1.0, tests: 2.0, prose: 1.5}"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ranks.run(train, arguments(whole, *common), world=2, init=False)
+    ranks.run(hears_while_evaluating, arguments(broken, *common), 2, world=2, init=False)
+    last = rows(broken)[-1]
+    assert (last["step"], "valid_loss" in last) == (10, False)
+    assert "SIGTERM: saved after step 10" in (broken / "log.txt").read_text()
+    # The second time it comes in what is made up for.
+    ranks.run(hears_while_evaluating, arguments(broken, *common), 2, world=2, init=False)
+    assert [row["step"] for row in rows(broken)][-1] == 10
+    assert not (broken / "finished.json").exists()
+    ranks.run(train, arguments(broken, *common), world=2, init=False)
+    assert numbers(broken) == numbers(whole)
+    assert (broken / "finished.json").exists()

@@ -405,6 +405,54 @@ def test_one_build_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "found another build at work there" in capsys.readouterr().err
 
 
+def test_parts_made_at_the_same_time_give_the_same_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(tmp_path / "text.jsonl", prose(400))
+    told = [f"sources={{words: {source}}}", "tokenizer.vocab=300", "workers=1"]
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(building, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 4096, raising=False)
+    assert cli.main(["data", *told, f"out={tmp_path / 'whole'}"]) == 0
+    out = tmp_path / "parts"
+    commands = [["data", *told, f"out={out}", f"part={part}/3"] for part in range(3)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    program = (
+        "import sys; from data_pipeline import build, pieces, sources\n"
+        "for module in (build, pieces, sources): module.PIECE_BYTES = 4096\n"
+        "from launch import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, *command], env=environment) for command in commands
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    made = sorted(path.name for path in (tmp_path / ".parts.building" / "pieces").glob("words-*"))
+    assert len({name.partition(".")[0] for name in made}) > 6
+    assert not out.exists()
+    capsys.readouterr()
+    assert cli.main(["data", *told, f"out={out}"]) == 0
+    fingerprints = {Corpus.open(where).fingerprint for where in (tmp_path / "whole", out)}
+    assert len(fingerprints) == 1
+    assert not (tmp_path / ".parts.building").exists()
+
+
+def test_parts_of_another_request_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(tmp_path / "text.jsonl", prose(50))
+    told = [
+        "data",
+        f"sources={{words: {source}}}",
+        "tokenizer.vocab=300",
+        f"out={tmp_path / 'o'}",
+        "workers=1",
+    ]
+    assert cli.main([*told, "part=0/2"]) == 0
+    capsys.readouterr()
+    assert cli.main([*told, "part=1/2", "seed=7"]) == 2
+    assert "found parts of a build of another request" in capsys.readouterr().err
+    assert cli.main([*told, "part=2/2"]) == 2
+    assert "part=2/2: found no part, expected K/N with K from 0 to N - 1" in capsys.readouterr().err
+
+
 def test_a_given_tokenizer_that_keeps_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = [*NASTY, *prose(20)]
     source = jsonl(tmp_path / "a.jsonl", wanted)

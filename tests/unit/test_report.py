@@ -126,6 +126,7 @@ def test_summary_in_numbers(tmp_path: Path):
         "wall_seconds": 4000.0,
         "evaluate_seconds": 60.0,
         "checkpoint_seconds": 0.0,
+        "goodput": None,
         "restarts": 1,
         "skipped": 1,
     }

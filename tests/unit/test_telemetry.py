@@ -10,8 +10,10 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from megafab.run import Action, Progress, StepOutcome, StepPlan, StepRecord, Ver
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind, WandbMode
 from megafab.telemetry.metrics import Telemetry, build_telemetry, peak_flops
 from megafab.telemetry.rows import flatten, read_rows, to_line, truncate
+from megafab.telemetry.sessions import Session
 from megafab.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, wandb_mode
 from megafab.telemetry.terminal import Terminal, header_lines, short, step_line
 from megafab.telemetry.timers import Timers
@@ -38,6 +41,9 @@ class Memory(Sink):
     def record(self, record: StepRecord) -> None:
         self.calls.append(f"record {record.row['step']}")
         self.rows.append(dict(record.row))
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        self.calls.append(f"amend {step} {values}")
 
     def message(self, text: str) -> None:
         self.calls.append(f"message {text}")
@@ -66,14 +72,16 @@ def at(step: int, skipped: int = 0) -> Progress:
 
 
 def record(target: Telemetry, step: int, loss: float = 2.5, applied: bool = True, **options) -> None:
-    """Step `step` of 8 sequences of 16 tokens."""
+    """Step `step` of 8 sequences of 16 tokens, where the loop would record it."""
+    options = {"last": False} | options
+    if not target.due(step, options["last"]) and "valid" not in options:
+        return
     verdict = Verdict() if applied else Verdict(Action.SKIP, reason="gradients are not finite")
     target.record(
         plan=StepPlan(step - 1, 1e-3, 0.1, 8, 2, 4, 16, (0.5, 0.5)),
         progress=at(step, skipped=not applied),
         outcome=StepOutcome(applied, verdict, 0.75),
         **{
-            "last": False,
             "loss": loss,
             "domain_loss": {"books": 2.0, "code": 3.0},
             "domain_weight": {"books": 0.5, "code": 0.5},
@@ -104,7 +112,7 @@ def row(step: int, **values) -> dict:
 
 
 def test_a_recorded_step_is_one_parsable_row(tmp_path: Path):
-    target = telemetry(JsonlSink(tmp_path, {}, {}), peak_flops=1e6)
+    target = telemetry(JsonlSink(tmp_path, {}, {}), peak_flops=1e6, session=Session(tmp_path, 4))
     target.start(Progress())
     valid = {"loss": 2.75, "domain_loss": {"books": 2.5, "code": 3.0}}
     record(target, 1, extra={"z_loss": {"log_z": 3.0}}, valid=valid)
@@ -131,6 +139,7 @@ def test_a_recorded_step_is_one_parsable_row(tmp_path: Path):
         "session": 1,
     }
     assert {key: first[key] for key in expected} == expected
+    assert 0 < first["goodput"] < 1
     assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1000 / 1e6)
     assert "verdict" not in first
     assert "valid_loss" not in second
@@ -155,8 +164,25 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path):
     assert [r["step"] for r in read_rows(path)] == [1, 2, 3]
     sink.record(StepRecord(row(4)))
     sink.close()
-    assert [(r["step"], r["session"]) for r in read_rows(path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [r["step"] for r in read_rows(path)] == [1, 2, 3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "header.json", "metrics.jsonl"]
+
+
+def test_an_evaluation_that_comes_late_is_put_into_its_row(tmp_path: Path):
+    target = telemetry(JsonlSink(tmp_path, {}, {}), log_every=5)
+    target.start(Progress())
+    record(target, 5)
+    record(target, 7, loss=float("nan"), valid=None)  # should have been evaluated; the run was left instead
+    target.close()
+    target = telemetry(JsonlSink(tmp_path, {}, {}), log_every=5)
+    target.start(at(7))
+    target.amend(7, {"loss": 2.75, "domain_loss": {"books": 2.5}})
+    record(target, 10)
+    target.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row.get("valid_loss")) for row in rows] == [(5, None), (7, 2.75), (10, None)]
+    assert rows[1]["valid_domain_loss"] == {"books": 2.5}
+    assert (rows[1]["loss"], rows[1]["nonfinite"]) == (None, True)
 
 
 def test_only_the_torn_line_is_lost_when_nothing_is_repeated(tmp_path: Path):
@@ -698,6 +724,7 @@ def test_build_gives_the_sinks_that_were_asked_for(
             config={"model": {"layers": 2}},
             header={"model": "gpt_tiny"},
             preface=[],
+            ranks=2,
             is_writer=writer,
             log_every=1,
             peak_flops=None,
@@ -718,6 +745,7 @@ def test_build_gives_the_sinks_that_were_asked_for(
         "config.yaml",
         "header.json",
         "metrics.jsonl",
+        "sessions.jsonl",
         "log.txt",
         "wandb",
         "wandb_id",
@@ -736,6 +764,7 @@ def test_tracking_none_writes_rows_and_log_only(tmp_path: Path):
         config={},
         header={},
         preface=[],
+        ranks=1,
         is_writer=True,
         log_every=1,
         peak_flops=None,
@@ -744,4 +773,5 @@ def test_tracking_none_writes_rows_and_log_only(tmp_path: Path):
     target.start(Progress())
     record(target, 1)
     target.close()
-    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "header.json", "metrics.jsonl", "log.txt"}
+    names = {"config.yaml", "header.json", "metrics.jsonl", "sessions.jsonl", "log.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == names

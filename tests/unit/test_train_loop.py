@@ -13,22 +13,30 @@ import torch
 
 import megafab.train
 from megafab.errors import UserError
+from megafab.evaluation import evaluate
 from megafab.loss.ledger import LossLedger
 from megafab.loss.terms import LossTerms
 from megafab.run import Action, Cadence, GradStats, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
-from megafab.train import evaluate, fit
+from megafab.train import fit
 
 
 class Diary:
     """A stand-in for every part of a run: notes each call, and answers as told."""
 
     def __init__(
-        self, steps: int, *, start: int = 0, signal_at: int = 0, bad: frozenset[int] = frozenset()
+        self,
+        steps: int,
+        *,
+        start: int | Progress = 0,
+        signal_at: int = 0,
+        signal_between: int = 0,
+        bad: frozenset[int] = frozenset(),
     ) -> None:
         self.calls: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.messages: list[str] = []
-        self.steps, self.progress, self.signal_at, self.bad = steps, Progress(start), signal_at, bad
+        self.progress = start if isinstance(start, Progress) else Progress(start)
+        self.steps, self.signal_at, self.signal_between, self.bad = steps, signal_at, signal_between, bad
         self.name, self.capabilities = "SIGTERM", frozenset[str]()
         self.asked = 0
 
@@ -52,7 +60,7 @@ class Diary:
     def numbers(self) -> dict[str, dict[str, float]]:
         return {"stragglers": {"count": 0}}
 
-    def start(self, progress: Progress, weights: str = "") -> None:
+    def start(self, progress: Progress, weights: str = "") -> None:  # telemetry, bus
         self.note(f"bus.start {progress.step}" if weights else f"start {progress.step}")
 
     def begin(self, step: int) -> None:
@@ -78,7 +86,7 @@ class Diary:
         self.note("]")
 
     def __enter__(self) -> Diary:
-        self.note("enter")  # signals, then checkpoints
+        self.note("enter")  # checkpoints
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,6 +95,13 @@ class Diary:
     def leave(self) -> bool:
         self.asked += 1
         return self.asked == self.signal_at
+
+    def leave_now(self) -> bool:
+        self.note("leave?")
+        return self.calls.count("leave?") == self.signal_between
+
+    def amend(self, step: int, valid: Any) -> None:
+        self.note(f"amend {step} {valid['loss']}")
 
     # schedules, loader, bus
     def reduced(self, gradients: Any) -> None:
@@ -102,8 +117,6 @@ class Diary:
     def schedule(self, plan: StepPlan, progress: Progress) -> StepPlan:
         self.note("bus.schedule")
         return plan
-
-    reads_evaluation = False
 
     def limit(self, plan: StepPlan) -> StepPlan:
         self.note("limit")
@@ -213,6 +226,7 @@ EVALUATE = [
     "[evaluate",
     "bus.eval(True)",
     "evaluate(books, 2)",
+    "leave?",
     "evaluate(code, 2)",
     "bus.eval(False)",
     "]",
@@ -224,14 +238,14 @@ def save(step: int, wait: bool = False) -> list[str]:
     return [checked, "[checkpoint", f"save {step}" + " and wait" * wait, "]"]
 
 
-END = ["exit", "exit", "close", "close"]  # checkpoints, signals; loader, telemetry
+END = ["exit", "close", "close"]  # checkpoints; loader, telemetry
 
 
 def test_a_run_call_by_call() -> None:
     diary = Diary(3)
     progress = fit(run_of(diary, eval_every=2, evaluate=True, save_every=2, save_last=True))
     assert diary.calls == [
-        *("restore", "start 0", "enter", "enter", "bus.start 0"),
+        *("restore", "start 0", "enter", "bus.start 0", "leave?"),
         *("begin 1", *STEP, "check 1"),
         *("begin 2", *STEP, *EVALUATE, "record 2", *save(2)),
         *("begin 3", *STEP, *EVALUATE, "record 3", *save(3, wait=True)),
@@ -259,7 +273,7 @@ def test_a_run_goes_on_where_it_was() -> None:
 def test_a_finished_run_does_nothing() -> None:
     diary = Diary(3, start=3)
     assert fit(run_of(diary, save_last=True, evaluate=True)).step == 3
-    assert diary.calls == ["restore", "start 3", "enter", "enter", "bus.start 3", *END]
+    assert diary.calls == ["restore", "start 3", "enter", "bus.start 3", "leave?", *END]
     assert diary.messages == [
         "nothing left to do: step 3 reaches train.steps or train.tokens; raise it to go on"
     ]
@@ -267,15 +281,46 @@ def test_a_finished_run_does_nothing() -> None:
 
 def test_a_signal_saves_and_leaves_without_an_evaluation() -> None:
     diary = Diary(10, signal_at=4)
-    assert fit(run_of(diary, eval_every=4, evaluate=True)).step == 4
-    assert diary.calls[-9:] == ["record 4", *save(4, wait=True), *END]
+    progress = fit(run_of(diary, eval_every=4, evaluate=True))
+    assert (progress.step, progress.owes_evaluation) == (4, True)
+    assert diary.calls[-10:] == ["[evaluate", "]", "record 4", *save(4, wait=True), *END]
     assert diary.messages == ["SIGTERM: saved after step 4; run the same command to go on"]
+
+
+def test_a_signal_puts_an_end_to_an_evaluation() -> None:
+    diary = Diary(10, signal_between=2)
+    progress = fit(run_of(diary, eval_every=3, evaluate=True))
+    assert (progress.step, progress.owes_evaluation) == (3, True)
+    evaluation = ["[evaluate", "bus.eval(True)", "evaluate(books, 2)", "leave?", "bus.eval(False)", "]"]
+    assert diary.calls[-14:] == [*evaluation, "record 3", *save(3, wait=True), *END]
+    assert diary.rows[-1]["valid"] is None
+
+
+def test_the_evaluation_is_made_up_for_first() -> None:
+    diary = Diary(5, start=Progress(4, owes_evaluation=True))
+    assert not fit(run_of(diary, eval_every=4, evaluate=True)).owes_evaluation
+    begun = ["restore", "start 4", "enter", "bus.start 4", "leave?"]
+    assert diary.calls[:14] == [*begun, *EVALUATE, "amend 4 3.0", "begin 5"]
+
+
+def test_nor_is_it_forgotten_when_a_second_signal_comes() -> None:
+    diary = Diary(5, start=Progress(4, owes_evaluation=True), signal_between=2)
+    progress = fit(run_of(diary, eval_every=4, evaluate=True))
+    assert (progress.step, progress.owes_evaluation) == (4, True)
+    assert not any(call.startswith(("amend", "begin")) for call in diary.calls)
+
+
+def test_a_signal_before_the_first_step_leaves_at_once() -> None:
+    diary = Diary(5, start=2, signal_between=1)
+    assert fit(run_of(diary)).step == 2
+    assert diary.calls == ["restore", "start 2", "enter", "bus.start 2", "leave?", *END]
+    assert diary.messages == ["SIGTERM: left before a step; run the same command to go on"]
 
 
 def test_a_signal_in_the_last_step_ends_as_ever() -> None:
     diary = Diary(2, signal_at=2)
-    fit(run_of(diary, evaluate=True, save_last=True))
-    assert diary.calls[-15:] == [*EVALUATE, "record 2", *save(2, wait=True), *END]
+    fit(run_of(diary, save_last=True))
+    assert diary.calls[-8:] == ["record 2", *save(2, wait=True), *END]
     assert diary.messages == []
 
 
@@ -292,13 +337,15 @@ def test_too_many_in_a_row_end_the_run() -> None:
         UserError, match=r"train\.max_skipped=2: .*last 2 updates discarded, up to step 3.*Fix: lower"
     ):
         fit(run_of(diary, save_every=9, save_last=True))
-    assert diary.calls[-4:] == END
+    assert diary.calls[-3:] == END
     assert not any(call.startswith("save") for call in diary.calls)
 
 
 def test_evaluate_alone() -> None:
     diary = Diary(1)
-    assert evaluate(run_of(diary), regular=True).loss == 3.0
+    report = evaluate(run_of(diary, eval_every=1, evaluate=True), Progress(1))
+    assert report is not None
+    assert report.loss == 3.0
     assert diary.calls == EVALUATE[1:-1]
 
 
@@ -322,8 +369,8 @@ def test_the_page_stays_a_page() -> None:
         if isinstance(node, ast.ImportFrom) and node.module
     }
     assert {name for name in imported if name.startswith("megafab")} == {
-        "megafab.engine.base",
         "megafab.errors",
+        "megafab.evaluation",
         "megafab.loss.ledger",
         "megafab.run",
     }

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[list[Beat], Mapping[int, float], tuple[int, ...], str, st
     ),
     "alone, restoring": (
         *([beat(READS, step=0)], {}, (), "rank 0 on n0"),
-        "no progress for 70.0 s: at the start, before step 1 in take (megafab/data/loader.py:120)",
+        "no progress for 70.0 s: at the start, before a step in take (megafab/data/loader.py:120)",
     ),
 }
 
@@ -209,7 +209,7 @@ class Alone:
 def test_a_beat_says_where_the_rank_is(tmp_path: Path):
     timers, clock = Timers(), Clock()
     heart = Heart(timers, clock, Alone())  # type: ignore[arg-type]
-    assert heart.beat().where() == "the start, before step 1"
+    assert heart.beat().where() == "the start, before a step"
     timers.step, clock.micro_batch = 3, 2
     clock.plan = StepPlan(2, 0.1, 0.0, 2, 2, 1, 4, (1.0,))
     with timers("evaluate"):
