@@ -42,11 +42,11 @@ _RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 class Beat:
     """Where a rank is.
 
-    `step` is the step under way, `part` the part of it, `micro_batch` the last one that began. `io` counts what
-    the process has read and written, in units of 16 MiB. `collectives` has for each process group, by a name
-    that its ranks share (`tensor/12`), how many collectives this rank has entered. `last` is the last of them
-    all, told only of a rank that has not moved since its beat before. `left` says how the rank ended its part
-    of the job, if it has.
+    `step` is the step under way, `part` the part of it, `micro_batch` the last one that began. `io` counts
+    what the process has read and written, in units of 16 MiB. `collectives` has for each process group, by a
+    name that its ranks share (`tensor/12`), how many collectives this rank has entered. `last` is the last of
+    them all, told only of a rank that has not moved since its beat before. `left` says how the rank ended its
+    part of the job, if it has.
     """
 
     host: str = ""

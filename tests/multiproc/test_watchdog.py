@@ -82,7 +82,7 @@ def test_a_stopped_rank_is_named_in_time_and_nothing_is_left(corpus, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     report = tmp_path / "stall.txt"
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
-        while not (tmp_path / "metrics.jsonl").exists() or not rows(tmp_path):
+        while not (tmp_path / "metrics.jsonl").exists() or len(rows(tmp_path)) < 10:
             assert job.poll() is None
             time.sleep(0.05)
         pids = children(job.pid)
@@ -125,10 +125,11 @@ def test_rank_zero_is_named_by_its_deputy(ranks, corpus, tmp_path):
     words = last_words(ranks, 4, train_but, arguments, 0, stop)
     assert f"rank 3 ended with status {STALLED}" in words
     assert f"\nrank 0 on {HOST}: found no sign of life for " in words
-    # Its place and its stack are those of its last beat.
-    assert re.search(r"\nrank 0: step \d+, \w+, micro-batch \d, last heard of \d\.\d s ago; coll", words)
-    assert f'File "{ROOT}/megafab/train.py"' in words
-    assert "rank 3 on" in (tmp_path / "stall.txt").read_text()
+    told = (tmp_path / "stall.txt").read_text()  # place and stack are those of its last beat
+    assert re.search(
+        r"\n  rank 0 on .*: step \d+, \w+, micro-batch \d, last heard of \d\.\d s ago; coll", told
+    )
+    assert f'File "{ROOT}/megafab/train.py"' in told.split("\nrank 3:")[0]
 
 
 @pytest.mark.parametrize(("layout", "world"), [("parallel.tensor=2", 4), ("parallel.pipeline=2", 2)])
