@@ -26,14 +26,15 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from megafab.errors import ConfigError
+from megafab.resilience.config import STALLED
 
 LAUNCHED = "MEGAFAB_LAUNCHED"  # set in the environment of ranks that `start` started
 GRACE = 5.0  # seconds the other ranks get to leave by themselves once one has died
 _TAIL = 20  # lines of a dead rank's log to show
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
-# Exit codes of ranks that have said themselves why they left: what the user must change, or Ctrl-C.
-_EXPLAINED = (2, 130)
+# Exit codes of ranks that have said themselves why they left: what the user must change, Ctrl-C, a stall.
+_EXPLAINED = (2, 130, STALLED)
 
 
 class RankEnvironment(NamedTuple):
@@ -250,6 +251,8 @@ class _Ranks:
                 failed, deadline = rank, time.monotonic() + GRACE
         if failed is None:
             return 0
+        # A rank that ends a stalled job may be slow to go, and those that it was talking to fail meanwhile.
+        failed = next((rank for rank, code in codes.items() if code == STALLED), failed)
         self._explain(failed, codes)
         return _exit_code(codes[failed])
 

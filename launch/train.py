@@ -132,7 +132,8 @@ def _train_noting(config: RunConfig, rank: int, local_rank: int, ranks: int, rec
         run = build(config, ranks=ranks, received=received, limit=time_limit())
         if rank == 0:
             staged.begin(config)
-        progress = fit(run)
+        with run.watchdog:
+            progress = fit(run)
         shutdown()
         if rank == 0 and not run.schedules.remaining(progress) and not progress.owes_evaluation:
             staged.finish(config, progress)

@@ -39,6 +39,8 @@ from megafab.platform import platform
 from megafab.resilience.invariants import Invariants
 from megafab.resilience.signals import Received, Signals, TimeLimit
 from megafab.resilience.spikes import SPIKES_FILE, Spikes
+from megafab.resilience.stragglers import Stragglers
+from megafab.resilience.watchdog import Watchdog
 from megafab.run import Batch, Cadence, Progress, Run, StepOutcome, StepPlan, Validation, Verdict
 from megafab.techniques import catalogue
 from megafab.techniques.base import Clock, Facts, RunPlan
@@ -105,7 +107,8 @@ def build(
         message=message,
     )
     data = DataPlan(corpus, retrieval=retrieval.of(config, corpus))
-    engine = _engine(kind, config, shape, groups, bus, data)
+    clock = Clock()
+    engine = _engine(kind, config, shape, groups, bus, data, clock)
     loader = Loader(
         corpus,
         split="train",
@@ -182,6 +185,21 @@ def build(
         invariants=Invariants(engine, groups, config.resilience.check_every),
         signals=signals,
         spikes=spikes,
+        watchdog=Watchdog(
+            config.resilience.stall_seconds,
+            groups=groups,
+            timers=telemetry.timers,
+            clock=clock,
+            run_dir=Path(config.run.dir),
+            message=telemetry.message,
+        ),
+        stragglers=Stragglers(
+            config.resilience.straggler_every,
+            config.resilience.straggler_ratio,
+            groups=groups,
+            timers=telemetry.timers,
+            message=telemetry.message,
+        ),
         cadence=Cadence(
             eval_every=config.eval.every,
             evaluate=bool(validation.batches),
@@ -254,6 +272,7 @@ def _engine(
     groups: Groups,
     bus: Bus,
     data: DataPlan,
+    clock: Clock,
 ) -> Engine:
     plan = model_plan.plan(
         shape,
@@ -264,7 +283,6 @@ def _engine(
         context_method=config.parallel.context_method,
     )
     bus.plan(RunPlan(plan, data), groups.mesh)
-    clock = Clock()
     chunks = model_plan.build(plan, groups, config.train.seed)
     bus.build(chunks, clock)
     return kind(

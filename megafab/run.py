@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megafab.resilience.invariants import Invariants
     from megafab.resilience.signals import Signals
     from megafab.resilience.spikes import Spike, Spikes
+    from megafab.resilience.stragglers import Stragglers
+    from megafab.resilience.watchdog import Watchdog
     from megafab.techniques.bus import Bus
     from megafab.telemetry.metrics import Telemetry
 
@@ -353,6 +355,8 @@ class Run:
     invariants: Invariants
     signals: Signals
     spikes: Spikes
+    watchdog: Watchdog
+    stragglers: Stragglers
     cadence: Cadence
 
     def roll_back(self, spike: Spike) -> Progress:

@@ -69,6 +69,7 @@ def fit(run: Run) -> Progress:
             if spike is not None:
                 progress, leaving = make_up(run, run.roll_back(spike))
                 continue
+            run.stragglers.compare(progress.step)
 
             last, leaving, valid = not run.schedules.remaining(progress), run.signals.leave(), None
             if run.cadence.evaluates(progress.step, last):
@@ -114,7 +115,7 @@ def _record(
         loss=losses.loss,
         domain_loss=losses.domain_loss,
         domain_weight=dict(zip(losses.tokens, plan.domain_weights, strict=True)),
-        extra=run.bus.metrics(losses) | run.spikes.metrics(),
+        extra={**run.bus.metrics(losses), **run.spikes.metrics(), **run.stragglers.numbers()},
         valid=None if valid is None else {"loss": valid.loss, "domain_loss": valid.domain_loss},
     )
 

@@ -118,6 +118,7 @@ _AT_LEAST_ZERO = (
     *("train.seed", "eval.every", "eval.samples"),
     *("train.batch_ramp.start", "train.batch_ramp.increment", "train.batch_ramp.samples"),
     *("engine.persistent_parameters", "resilience.check_every", "resilience.spikes.margin"),
+    "resilience.straggler_every",
     *("checkpoint.every", "checkpoint.keep_every"),
 )
 
@@ -160,6 +161,8 @@ _RANGES = (
     positive("data.max_epochs"),
     positive("resilience.spikes.threshold"),
     positive("resilience.spikes.norm_threshold"),
+    positive("resilience.stall_seconds"),
+    Range("resilience.straggler_ratio", 1, math.inf, "more than 1", open_low=True),
 )
 
 
@@ -350,6 +353,17 @@ def _launcher(facts: Facts) -> Iterator[Violation]:
         found = f"{facts.ranks} ranks started by torchrun or srun"
         fix = f"leave launch.ranks out, or have {asked} ranks started"
         yield Violation(f"launch.ranks={asked}", found, "the same number", fix)
+
+
+@rule("stall-before-timeout")
+def _stall_before_timeout(facts: Facts) -> Iterator[Violation]:
+    stall, minutes = facts.config.resilience.stall_seconds, facts.config.launch.timeout_minutes
+    if facts.ranks > 1 and stall is not None and stall >= minutes * 60:
+        expected = (
+            f"less than launch.timeout_minutes={minutes}, after which the collectives give up unexplained"
+        )
+        fix = f"resilience.stall_seconds={minutes * 20}, or a longer launch.timeout_minutes"
+        yield Violation(f"resilience.stall_seconds={stall:g}", f"{stall:g} s", expected, fix)
 
 
 @rule("heads-by-tensor")

@@ -1,1 +1,1 @@
-"""What keeps a run alive: signals, non-finite guards."""
+"""What keeps a run alive, or ends it with a reason."""

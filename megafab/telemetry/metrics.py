@@ -64,7 +64,7 @@ class Telemetry:
         session: Session | None = None,
     ) -> None:
         self.timers = Timers(synchronize)
-        self._session, self._step = (session if is_writer else None), 0
+        self._session = session if is_writer else None
         self._sinks = tuple(sinks) if is_writer else ()
         self._open = ExitStack()
         self._log_every = log_every
@@ -74,7 +74,7 @@ class Telemetry:
 
     def start(self, progress: Progress) -> None:
         """Begin, or go on, at `progress`: open the sinks, void what they hold beyond it, start the clock."""
-        self._step = progress.step
+        self.timers.step = progress.step
         if self._session is not None:
             self._session.begin(progress.step)
         for sink in self._sinks:
@@ -84,7 +84,7 @@ class Telemetry:
 
     def rewind(self, progress: Progress) -> None:
         """Go on at an earlier `progress`: void what was recorded beyond it, start the clock."""
-        self._step = progress.step
+        self.timers.step = progress.step
         if self._session is not None:
             self._session.rewind(progress.step, self._since_record())
         for sink in self._sinks:
@@ -93,7 +93,7 @@ class Telemetry:
 
     def begin(self, step: int) -> None:
         """Say that step `step` (counted from 1) begins; a step that is due has its parts timed exactly."""
-        self._step = step
+        self.timers.step = step
         if not self._sinks or not self.due(step, step == self._total_steps):
             return
         if self._lap_step != step - 1:
@@ -183,7 +183,7 @@ class Telemetry:
     def close(self) -> None:
         """Close every sink, the last opened first, so that the terminal still shows what the others say."""
         if self._session is not None:
-            self._session.end(self._step, self._since_record())
+            self._session.end(self.timers.step, self._since_record())
         self._open.close()
 
     def _mark(self, progress: Progress) -> None:

@@ -19,15 +19,17 @@ from time import perf_counter
 class _Part:
     """One named part; its own context manager, so that entering it creates no object."""
 
-    __slots__ = ("_entered", "_timers", "lap", "total")
+    __slots__ = ("_entered", "_name", "_outer", "_timers", "lap", "total")
 
-    def __init__(self, timers: Timers) -> None:
-        self._timers = timers
+    def __init__(self, timers: Timers, name: str) -> None:
+        self._timers, self._name = timers, name
+        self._outer = timers.part
         self._entered = 0.0
         self.lap = 0.0
         self.total = 0.0
 
     def __enter__(self) -> None:
+        self._outer, self._timers.part = self._timers.part, self._name
         self._entered = perf_counter()
 
     def __exit__(self, *exception: object) -> None:
@@ -36,10 +38,16 @@ class _Part:
         elapsed = perf_counter() - self._entered
         self.lap += elapsed
         self.total += elapsed
+        self._timers.part = self._outer
 
 
 class Timers:
     """Seconds spent in each part since the last `lap`, and in total.
+
+    Attributes:
+        step: the step under way, counted from 1; before the first, the last that was saved. For whoever asks
+            where the run is.
+        part: the innermost part under way, `other` outside of all.
 
     Args:
         synchronize: waits until the device has done all it was given; called at the end of a part
@@ -49,6 +57,7 @@ class Timers:
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self.synchronize = synchronize
         self.exact = False
+        self.step, self.part = 0, "other"
         self._parts: dict[str, _Part] = {}
         self._lap_started = perf_counter()
 
@@ -56,7 +65,7 @@ class Timers:
         """The part called `name`, to be used in a `with` statement."""
         part = self._parts.get(name)
         if part is None:
-            part = self._parts[name] = _Part(self)
+            part = self._parts[name] = _Part(self, name)
         return part
 
     def lap(self) -> None:

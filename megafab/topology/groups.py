@@ -54,6 +54,25 @@ class Groups:
         """Where this rank computes."""
         return platform.device
 
+    def collective(self) -> dict[str, dist.ProcessGroup]:
+        """The groups of several ranks whose members all enter the same collectives, by what they are for.
+
+        The pipeline's is not among them: its ranks send to neighbours, of which those at its ends have fewer.
+        """
+        job = dist.group.WORLD
+        found = {
+            "tensor": self.tensor,
+            "context": self.context,
+            "data": self.data,
+            "data x context": self.data_context,
+            "expert": self.expert,
+            "expert data": self.expert_data,
+            "embedding": self.embedding,
+            "host": self.host,
+            "job": None if job is self.host else job,
+        }
+        return {name: group for name, group in found.items() if group is not None and group.size() > 1}
+
     def sum_over_job(self, value: torch.Tensor) -> torch.Tensor:
         """In-place sum over all ranks on the device's backend; for small tensors."""
         if self.mesh.ranks > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,27 @@ def test_a_run_survives_all_that_happens_to_it(
     assert causes[-1] == "finished"
     assert causes.count("left") >= 2
     assert "failed" in causes
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
+    slurm: Cluster, data: str, undisturbed: Submitted, tmp_path: Path
+):
+    """Within the configured time and two beats of it; the job's own log has the stack."""
+    run = Submitted(slurm, tmp_path / "run", *TWO_BY_ONE, data, *FAULTY, "resilience.stall_seconds=5")
+    run.reach(7)
+    kill(run.run_dir, 1, signal.SIGSTOP)
+    stopped = time.monotonic()
+    run.go_on(1)
+    assert time.monotonic() - stopped < 5 + 2 * 5 / 6 + 10  # and the seconds of a requeue
+    (line,) = (line for line in run.log.splitlines() if "expected progress within resilience" in line)
+    assert "rank 1 on n2: found " in line
+    assert "megafab/train.py" in (run.run_dir / "stall.txt").read_text()
+    assert " a rank hung; back to the queue" in run.log
+    run.finish()
+    assert run.losses() == undisturbed.losses()
+    spent = goodput(run.run_dir)
+    assert spent is not None
+    assert spent.lost["stalled"] > 5 * 2
 
 
 def test_stages_are_a_chain_of_jobs_of_their_own_sizes(slurm: Cluster, data: str, tmp_path: Path):

@@ -627,6 +627,22 @@ BROKEN: list[tuple[str, dict[str, Any], int, str]] = [
         "Fix: leave launch.ranks out, or have 4 ranks started",
     ),
     (
+        *("stall-before-timeout", {"launch.timeout_minutes": 10}, 2),
+        "resilience.stall_seconds=600: found 600 s, expected less than launch.timeout_minutes=10, after "
+        "which the collectives give up unexplained. Fix: resilience.stall_seconds=200, or a longer "
+        "launch.timeout_minutes",
+    ),
+    (
+        *("range", {"resilience.stall_seconds": 0.0}, 1),
+        "resilience.stall_seconds=0: found 0, expected more than 0. Fix: give resilience.stall_seconds a "
+        "value more than 0",
+    ),
+    (
+        *("range", {"resilience.straggler_ratio": 1.0}, 1),
+        "resilience.straggler_ratio=1: found 1, expected more than 1. Fix: give resilience.straggler_ratio a "
+        "value more than 1",
+    ),
+    (
         *("heads-by-tensor", {"parallel.tensor": 3, "model.kv_heads": 1, "model.vocab_multiple": 96}, 3),
         "model.heads=8: found 8 % 3 = 2, expected a multiple of parallel.tensor=3. Fix: change "
         "parallel.tensor",
@@ -1178,6 +1194,8 @@ VALID: list[tuple[dict[str, Any], int]] = [
     (spikes(), 1),
     ({**spikes(norm_threshold=8.0, margin=0), "checkpoint.every": 1, "checkpoint.keep": 4}, 1),
     ({"data.skip": ((8, 4), (0, 12)), "data.block": 4}, 1),
+    ({"resilience.stall_seconds": None, "launch.timeout_minutes": 1}, 2),
+    ({"resilience.stall_seconds": 60.0, "launch.timeout_minutes": 1}, 1),
     ({"launch.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2}, 4),
     ({"parallel.tensor": 8}, 8),  # more tensor ranks than key-value heads: each head is held twice
     ({"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}, 4),

@@ -80,6 +80,12 @@ class Diary:
     def check(self, step: int, *, saving: bool) -> None:
         self.note(f"check {step}" + " before saving" * saving)
 
+    def compare(self, step: int) -> None:
+        self.note("compare")
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        return {"stragglers": {"count": 0}}
+
     def start(self, progress: Progress, weights: str = "") -> None:  # telemetry, bus
         self.note(f"bus.start {progress.step}" if weights else f"start {progress.step}")
 
@@ -216,6 +222,8 @@ def run_of(diary: Diary, **cadence: Any) -> Run:
         invariants=part,
         signals=part,
         spikes=part,
+        watchdog=part,
+        stragglers=part,
         cadence=Cadence(**{**settings, **cadence}),
     )
 
@@ -239,6 +247,7 @@ STEP = [
     "update",
     "bus.step",
     "]",
+    "compare",
 ]
 EVALUATE = [
     "[evaluate",
@@ -279,7 +288,8 @@ def test_a_row_has_the_steps_numbers() -> None:
     assert (row["loss"], row["domain_loss"]) == (3.0, {"books": 3.0})
     assert row["domain_weight"] == {"books": 0.25, "code": 0.75}
     assert row["valid"] == {"loss": 3.0, "domain_loss": {"books": 2.0, "code": 4.0}}
-    assert row["extra"] == {"a_technique": {"x": 1.0}, "spikes": {"rollbacks": 0}}
+    numbers = {"spikes": {"rollbacks": 0}, "stragglers": {"count": 0}}
+    assert row["extra"] == {"a_technique": {"x": 1.0}, **numbers}
 
 
 def test_a_run_goes_on_where_it_was() -> None:
@@ -354,8 +364,8 @@ def test_a_spike_takes_the_run_back_before_anything_is_made_of_it() -> None:
     diary = Diary(6, spike_at=5)
     assert fit(run_of(diary, eval_every=5, evaluate=True, save_every=5)).step == 6
     there = diary.calls.index("begin 5")
-    assert diary.calls[there : there + len(STEP) + 11] == [
-        *("begin 5", *STEP, "[checkpoint", "roll back to 3 - 3", "decide 4 at 0", "save 0 and wait"),
+    assert diary.calls[there : there + len(STEP) + 10] == [
+        *("begin 5", *STEP[:-1], "[checkpoint", "roll back to 3 - 3", "decide 4 at 0", "save 0 and wait"),
         *("discard after 0", "]", "rewind 0", "bus.start 0", "leave?", "begin 1"),
     ]
     assert diary.calls.count("update") == 5 + 6
