@@ -40,6 +40,16 @@ from megafab.errors import UserError
 _CHECKED = 1_000_000  # characters on which a given tokenizer is tried
 
 
+def is_built(config: BuildConfig) -> bool:
+    """Whether there is nothing to do, found out without doing anything.
+
+    Raises:
+        UserError: a mistake in the configuration, sources that are not there, or something else at `out`.
+    """
+    check(config)
+    return _finished(Path(config.out).expanduser(), _request(config, _sources(config)), config.overwrite)
+
+
 def build(config: BuildConfig) -> None:
     """Build the corpus that `config` asks for, unless it is there already.
 

@@ -82,16 +82,13 @@ class Workspace:
     def __enter__(self) -> Workspace:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.root / _LOCK, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found, fix = "another build at work there", "wait for it, or stop it"
-            raise UserError(str(self.root), found, "one at a time", fix) from None
         request = self.root / "request.json"
         if self._shared:
-            with self.exclusive("request"):
+            with self.exclusive("request"):  # the first of them finds nobody else here
+                self._hold(fcntl.LOCK_SH)
                 self._join(request)
             return self
+        self._hold(fcntl.LOCK_EX)
         leftovers = request.read_text() if request.exists() else None
         if leftovers is not None and leftovers != self._request:
             print(f"{self.root} has leftovers of a build of another request: starting over")
@@ -123,12 +120,21 @@ class Workspace:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _hold(self, kind: int) -> None:
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found, fix = "another build at work there", "wait for it, or stop it"
+            raise UserError(str(self.root), found, "one at a time", fix) from None
+
     def _join(self, request: Path) -> None:
         """Begin the work on a request, or take part in it."""
         leftovers = request.read_text() if request.exists() else None
         if leftovers is not None and leftovers != self._request:
-            found, fix = "parts of a build of another request", f"delete it, or wait: {self.root}"
-            raise UserError(str(self.root), found, "those of this request", fix)
+            self._hold(fcntl.LOCK_EX)  # or they are of a build that is under way
+            print(f"{self.root} has leftovers of a build of another request: starting over")
+            self._clear()
+            self._hold(fcntl.LOCK_SH)
         self.pieces.mkdir(exist_ok=True)
         request.write_text(self._request)
 
@@ -145,5 +151,5 @@ class Workspace:
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != _LOCK:
+            elif not path.name.endswith(_LOCK):
                 path.unlink()

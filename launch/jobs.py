@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megafab.config.load import config_directory
-from megafab.config.submit import ClusterConfig, Launcher, Layout, SubmitConfig, warning_seconds
+from megafab.config.submit import ClusterConfig, Launcher, Layout, SubmitConfig, seconds_of, warning_seconds
+from megafab.errors import ConfigError
 from megafab.telemetry.rows import replace_text
 from megafab.telemetry.sessions import longest_save
 
@@ -49,7 +51,7 @@ class Job:
 
     `verb` is megafab's, `overrides` what it is told; `tasks` are one, or the tasks of an array, whose files
     are in `directory`. `kind` says what the commands are like; of the directory `report` there is a report in
-    the end (None: no report). `cpus` of a task count where the profile does not say.
+    the end (None: no report). `cpus` of a task count more than the profile's.
     """
 
     name: str
@@ -70,7 +72,13 @@ class Job:
     @property
     def log(self) -> str:
         """Where Slurm writes what the job prints, as Slurm's pattern."""
-        return str(self.directory / "slurm" / ("%A_%a.log" if len(self.tasks) > 1 else "%j.log"))
+        place = str(self.directory / "slurm").replace("%", "%%")
+        return f"{place}/{'%A_%a' if len(self.tasks) > 1 else '%j'}.log"
+
+    def log_of(self, number: str) -> Path:
+        """The log of the job with that number; of an array, the pattern of its tasks' logs."""
+        name = f"{number}_%a.log" if len(self.tasks) > 1 else f"{number}.log"
+        return self.directory / "slurm" / name
 
 
 def render(job: Job, config: SubmitConfig) -> str:
@@ -89,10 +97,13 @@ def render(job: Job, config: SubmitConfig) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["quoted"] = shlex.quote
     return environment.get_template(TEMPLATE).render(
         title=f"{job.name}: megafab {job.verb} on {layout.nodes} x {layout.ranks_per_node} ranks",
         script=shlex.quote(str(job.script)),
-        options=[shlex.join([option]) if " " in option else option for option in _options(job, config, lead)],
+        options=[_quoted(option) for option in _options(job, config, lead)],
+        name=shlex.quote(job.name),
+        logs=shlex.quote(str(job.directory / "slurm")),
         command=[shlex.quote(word) for word in (words if torchrun else [python, *words])],
         tasks=[
             {"directory": shlex.quote(str(task.directory)), "overrides": map(shlex.quote, task.overrides)}
@@ -108,15 +119,13 @@ def render(job: Job, config: SubmitConfig) -> str:
         continuation=config.job.continuation.value,
         max_failures=config.job.max_failures,
         launcher=config.job.launcher.value,
-        srun=[*_SRUN, *_cpus(job, config), *cluster.srun],
+        srun=[*_SRUN, *_cpus(job, config), *(cluster.srun if job.kind is TRAINING else ())],
         container=f"{cluster.container} " if cluster.container else "",
         python=shlex.quote(python),
-        what=job.name,
         finished=job.kind.finished,
         newest=job.kind.newest,
         result=job.kind.result,
         report="" if job.report is None else '"$run"' if len(job.tasks) > 1 else shlex.quote(str(job.report)),
-        log=str(job.directory / "slurm"),
     )
 
 
@@ -131,6 +140,27 @@ def write(job: Job, text: str) -> None:
 def template_directory() -> Path:
     """`slurm/` of the source checkout, or its copy inside the installed package."""
     return config_directory().parent / "slurm"
+
+
+def _quoted(option: str) -> str:
+    """An option as a line after #SBATCH takes it, where # begins a comment; quotes are refused before."""
+    return option if re.fullmatch(r"[\w@:.,/=+%*-]+", option) else f"'{option}'"
+
+
+def check_names(**names: str) -> None:
+    """Refuse names and paths that no line of a job script can hold.
+
+    Raises:
+        ConfigError: a quote, a backslash or a control character.
+    """
+    for key, name in names.items():
+        bad = next((one for one in name if one in "'\"\\" or not one.isprintable()), None)
+        if bad is not None:
+            where, expected = (
+                f"{key.replace('_', '.')}={name!r}",
+                "no quotes, backslashes or control characters",
+            )
+            raise ConfigError(where, repr(bad), expected, "another name")
 
 
 def _environment(cluster: ClusterConfig) -> dict[str, str]:
@@ -159,7 +189,7 @@ def _options(job: Job, config: SubmitConfig, lead: int) -> list[str]:
     }
     options = [f"--{key}={value}" for key, value in given.items() if value is not None]
     options += _cpus(job, config)
-    if cluster.gpus is not None:
+    if cluster.gpus is not None and job.kind is TRAINING:
         options.append(cluster.gpus.format(ranks=layout.ranks_per_node))
     if cluster.exclusive:
         options.append("--exclusive")
@@ -172,7 +202,7 @@ def _options(job: Job, config: SubmitConfig, lead: int) -> list[str]:
 
 def _cpus(job: Job, config: SubmitConfig) -> Sequence[str]:
     """Cores of a task; said to srun too, which does not take them from the job."""
-    cpus = config.cluster.cpus_per_rank or job.cpus
+    cpus = job.cpus or config.cluster.cpus_per_rank
     if cpus is None:
         return []
     ranks = job.layout.ranks_per_node if config.job.launcher is Launcher.torchrun else 1
@@ -182,18 +212,5 @@ def _cpus(job: Job, config: SubmitConfig) -> Sequence[str]:
 def _lead(job: Job, config: SubmitConfig) -> int:
     """Seconds before the time limit at which Slurm warns; never so early that little is left of a job."""
     measured = [seconds for task in job.tasks if (seconds := longest_save(task.directory)) is not None]
-    wanted = warning_seconds(config.job, max(measured, default=None))
-    return max(1, min(wanted, seconds_of(config.job.time) // 3))
-
-
-def seconds_of(time: str) -> int:
-    """A time limit as Slurm writes it, in seconds: minutes, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM[:SS]."""
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    wanted, limit = warning_seconds(config.job, max(measured, default=None)), seconds_of(config.job.time)
+    return wanted if config.job.signal_seconds or not limit else max(1, min(wanted, limit // 3))

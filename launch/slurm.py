@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from megafab.errors import UserError
 
 _OVER = frozenset(
     ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+    + ("PREEMPTED", "REVOKED")
 )
 # What sbatch says of a job that it refuses, and the keys that are behind it.
 _BEHIND = (
@@ -26,7 +27,7 @@ _BEHIND = (
     (r"node count", "launch.nodes, launch.ranks"),
     (r"dependency", "job.after"),
     (
-        r"node configuration|more processors|memory",
+        r"node configuration|more processors|mem",
         "launch.ranks, launch.nodes, cluster.gpus, cluster.cpus_per_rank, cluster.memory",
     ),
 )
@@ -82,8 +83,13 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
 
 
 def state(job: str) -> State | None:
-    """What Slurm says of a job, or of the accounting if it has forgotten it; None where nobody knows it."""
+    """What Slurm says of a job, or the accounting if it has forgotten it; None where nobody knows it.
+
+    `UNKNOWN` while its controller does not answer.
+    """
     done = _run(["scontrol", "show", "job", "-o", job])
+    if done.returncode != 0 and re.search("contact|timed out|refused", done.stderr):
+        return State("UNKNOWN", "Slurm's controller does not answer")
     if done.returncode == 0 and done.stdout.strip():
         # Of an array, the line of the array itself is the first.
         facts: dict[str, str] = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
@@ -94,12 +100,12 @@ def state(job: str) -> State | None:
     return State(name.split()[0], code=_code(code)) if done.returncode == 0 and bar else None
 
 
-def follow(job: str, log: Path, successor: Path) -> int:
+def follow(job: str, log_of: Callable[[str], Path], successor: Path) -> int:
     """Show a job's states and what it prints until it is over, and of the job that goes on after it.
 
     Args:
         job: its number.
-        log: the pattern of its log, with %j for the number.
+        log_of: the log of the job with a number.
         successor: the file where a job writes the number of the one that goes on.
 
     Returns:
@@ -108,9 +114,9 @@ def follow(job: str, log: Path, successor: Path) -> int:
     shown, said, wait = 0, "", _POLL_SECONDS[0]
     while True:
         now = state(job)
-        shown = _tail(Path(str(log).replace("%j", job)), shown)
+        shown = _tail(log_of(job), shown)
         if now is None:
-            print(f"megafab: Slurm knows no job {job} any more; its log: {log}", file=sys.stderr)
+            print(f"megafab: Slurm knows no job {job} any more; its log: {log_of(job)}", file=sys.stderr)
             return 1
         told = _in_words(job, now)
         if told != said:

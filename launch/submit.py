@@ -23,6 +23,7 @@ from megafab import stages as staged
 from megafab.config import load, rules
 from megafab.config import stages as declared
 from megafab.config.schema import RunConfig
+from megafab.config.stages import Stage
 from megafab.config.submit import Continuation, Layout, SubmitConfig, check, layout
 from megafab.errors import ConfigError, UserError
 from megafab.telemetry.sessions import goodput
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 def own(overrides: Sequence[str]) -> list[str]:
     """The overrides that are about the cluster and the job."""
-    return [text for text in overrides if text.partition("=")[0].partition(".")[0] in _OWN]
+    return [text for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] in _OWN]
 
 
 def _split(overrides: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
@@ -88,7 +89,8 @@ def _wanted(overrides: list[str], config: SubmitConfig, *, sweeps: bool) -> list
         raise ConfigError(f"job.parts={config.job.parts}", found, "a corpus to build", fix)
     else:
         wanted = _sweep(overrides, config) if sweeps else _stages(overrides, config)
-    if config.job.continuation is Continuation.new_job and (len(wanted) > 1 or len(wanted[0].tasks) > 1):
+    several = len(wanted) > 1 or any(len(job.tasks) > 1 for job in wanted)
+    if config.job.continuation is Continuation.new_job and several:
         found, fix = "several jobs, which wait for others by their numbers", "job.continuation=requeue"
         expected = "jobs that keep their numbers, or a single one (stage=NAME, part=K/N)"
         raise ConfigError("job.continuation=new_job", found, expected, fix)
@@ -103,11 +105,27 @@ def _stages(overrides: list[str], config: SubmitConfig) -> list[Job]:
         return [_job(load.load(overrides), overrides, config)]
     wanted = stages if name is None else [declared.named(stages, name)]
     declared.check_all(stages)
+    _require_parent(wanted, stages, config)
     left = [stage for stage in wanted if not staged.is_done(stage, stages)]
     if not left:
         raise UserError("megafab submit", "no stage left to train", "one", "raise train.steps of the last")
     root = Path(stages[0].config.run.dir).resolve().parent
     return [_job(stage.config, [*rest, f"stage={stage.name}"], config, root) for stage in left]
+
+
+def _require_parent(wanted: Sequence[Stage], stages: Sequence[Stage], config: SubmitConfig) -> None:
+    """A stage that is submitted alone begins with a checkpoint that is there, or that it waits for.
+
+    Raises:
+        ConfigError: it would be refused in the job.
+    """
+    if len(wanted) > 1 or wanted[0].parent is None or config.job.after is not None:
+        return
+    parent = declared.named(stages, wanted[0].parent)
+    if not staged.is_done(parent, stages):
+        where, found = f"stage={wanted[0].name}", f"no finished stage {parent.name}, with which it begins"
+        fix = "submit all stages by leaving stage= out, or name a job that trains it: job.after=afterok:ID"
+        raise ConfigError(where, found, "its last checkpoint", fix)
 
 
 def _job(run: RunConfig, overrides: Sequence[str], config: SubmitConfig, report: Path | None = None) -> Job:
@@ -124,6 +142,10 @@ def _sweep(overrides: list[str], config: SubmitConfig) -> list[Job]:
         expected, fix = "single runs", "submit each choice of its own"
         raise ConfigError("--multirun", "a recipe with stages", expected, fix)
     combinations = load.sweep(overrides)
+    twice = next((one for one in combinations if combinations.count(one) > 1), None)
+    if twice is not None:
+        fix = "give each value once"
+        raise ConfigError("--multirun", f"{','.join(twice)} twice", "runs that differ", fix)
     common = tuple(text for text in overrides if not load.is_sweep(text))
     base = load.load([*common, *combinations[0]])
     tasks: list[Task] = []
@@ -146,10 +168,13 @@ def _sweep(overrides: list[str], config: SubmitConfig) -> list[Job]:
 
 def _corpus(overrides: list[str], config: SubmitConfig) -> list[Job]:
     """A job that builds a corpus, after an array of those that tokenize its parts."""
-    from data_pipeline.config import BuildConfig, check
+    from data_pipeline.build import is_built
+    from data_pipeline.config import BuildConfig
 
     build = load.compose(BuildConfig, "data", overrides)
-    check(build)
+    jobs.check_names(out=build.out)
+    if is_built(build):
+        return []
     out, parts = Path(build.out).resolve(), config.job.parts or 1
     home = out.with_name(f"{out.name}.jobs")
     pieces = shlex.quote(str(out.with_name(f".{out.name}.building") / "pieces"))
@@ -173,6 +198,7 @@ def _checked(run: RunConfig, config: SubmitConfig) -> Layout:
         ConfigError: a rule, or the cluster, refuses it.
     """
     place = layout(run.launch, config.cluster)
+    jobs.check_names(run_name=run.run.name, run_dir=run.run.dir)
     rules.check_all(run, ranks=place.ranks, corpus=rules.corpus_facts(run))
     if run.checkpoint.resume == "none":
         expected, fix = "a run that goes on where it was, as a job that begins again must", "leave it out"
@@ -210,14 +236,13 @@ def _require_no_job(task: Task) -> None:
 def _submit(job: Job, config: SubmitConfig, previous: str | None) -> str:
     """Queue a job, after the one before it if there is one; its number."""
     for task in job.tasks:
-        for leftover in ("failures", "stopped", "refusal"):  # of a job before: this one begins afresh
+        for leftover in ("failures", "stopped"):  # of a job before: this one begins afresh
             (task.directory / "slurm" / leftover).unlink(missing_ok=True)
     number = slurm.submit(job.script, _after(config, previous))
     for task in job.tasks:
         (task.directory / "slurm" / "job").write_text(number + "\n")
     waits = f", after job {previous}" if previous else ""
-    log = job.log.replace("%j", number).replace("%A", number)
-    print(f"megafab: submitted job {number}{waits}: {job.name}; log: {log}", flush=True)
+    print(f"megafab: submitted job {number}{waits}: {job.name}; log: {job.log_of(number)}", flush=True)
     return number
 
 
@@ -232,9 +257,9 @@ def _follow(wanted: Sequence[Job], numbers: Sequence[str]) -> int:
     for job, number in zip(wanted, numbers, strict=True):
         directory = job.tasks[0].directory
         try:
-            code = slurm.follow(number, Path(job.log), directory / "slurm" / "job")
+            code = slurm.follow(number, job.log_of, directory / "slurm" / "job")
         except KeyboardInterrupt:
-            print(f"megafab: job {number} goes on; its log: {job.log.replace('%j', number)}", file=sys.stderr)
+            print(f"megafab: job {number} goes on; its log: {job.log_of(number)}", file=sys.stderr)
             return os.EX_OK
         spent = goodput(directory)
         if spent is not None:

@@ -106,7 +106,7 @@ _AT_LEAST_ONE = (
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("parallel.expert", "engine.bucket_parameters", "train.steps", "train.tokens", "train.global_batch"),
     *("train.micro_batch", "train.head_chunk", "train.log_every", "train.max_skipped", "checkpoint.keep"),
-    *("launch.ranks", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
+    *("launch.ranks", "launch.nodes", "launch.threads", "launch.timeout_minutes", "techniques.ema.every"),
     *("techniques.token_dropping.start", "techniques.token_dropping.round_to"),
     "techniques.gradual_pruning.every",
     *("resilience.spikes.window", "resilience.spikes.min_steps", "resilience.spikes.patience"),

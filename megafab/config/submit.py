@@ -59,7 +59,7 @@ class JobConfig:
     time: str = "24:00:00"  # limit of one job: minutes, [DAYS-]HH:MM:SS; a run may take many
     launcher: Launcher = Launcher.srun
     continuation: Continuation = Continuation.requeue
-    signal_seconds: int | None = None  # warning before the limit; null: from the saves of the run so far
+    signal_seconds: int | None = None  # warning before the limit; null: from the run's saves so far
     max_failures: int = 3  # sessions in a row that fail without a further checkpoint: then it stops
     parts: int | None = None  # of a corpus, built by as many tasks of an array; null: one task builds it
     parallel: int | None = None  # tasks of an array at a time; null: as many as there is room for
@@ -122,6 +122,14 @@ def _problems(config: SubmitConfig) -> Iterator[ConfigError]:
     if not _TIME.fullmatch(job.time):
         expected = "minutes, MM:SS, HH:MM:SS or DAYS-HH[:MM[:SS]]"
         yield ConfigError(f"job.time={job.time}", "no time limit", expected, "job.time=24:00:00, for example")
+    elif job.signal_seconds is not None and 0 < seconds_of(job.time) <= job.signal_seconds:
+        where, expected = f"job.signal_seconds={job.signal_seconds}", f"less than job.time={job.time}"
+        yield ConfigError(where, "a warning before the job has begun", expected, "lower it, or leave it out")
+    alone = [option for option in cluster.srun if option.startswith(("--gpus-per-task", "--gpu-bind=single"))]
+    if job.launcher is Launcher.torchrun and alone:
+        found = f"cluster.srun=[{', '.join(alone)}], which shows one device to the one task of a node"
+        fix = "job.launcher=srun, or cluster.srun without it"
+        yield ConfigError("job.launcher=torchrun", found, "all devices of a node for it", fix)
     if cluster.gpus is not None and "{ranks}" not in cluster.gpus:
         expected, fix = "{ranks} in it, where the number goes", "cluster.gpus='--gpus-per-node={ranks}'"
         yield ConfigError(f"cluster.gpus={cluster.gpus}", "no number", expected, fix)
@@ -139,6 +147,9 @@ def layout(launch: LaunchConfig, cluster: ClusterConfig) -> Layout:
         ConfigError: they do not fit, or not evenly.
     """
     ranks, full = launch.ranks, cluster.ranks_per_node
+    for key, value in (("launch.ranks", ranks), ("launch.nodes", launch.nodes)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value}", str(value), "at least 1", f"{key}=1 or more")
     nodes = launch.nodes or -(-ranks // full)
     where = f"launch.ranks={ranks}" + (f", launch.nodes={nodes}" if launch.nodes else "")
     if ranks % nodes:
@@ -155,3 +166,16 @@ def warning_seconds(job: JobConfig, longest_save: float | None) -> int:
     if job.signal_seconds is not None:
         return job.signal_seconds
     return UNMEASURED if longest_save is None else int(MARGIN + 2 * longest_save + 0.5)
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as Slurm writes it, in seconds: minutes, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM[:SS]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

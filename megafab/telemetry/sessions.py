@@ -32,6 +32,12 @@ from typing import Any
 from megafab.telemetry.rows import METRICS_FILE, read_rows
 
 SESSIONS_FILE = "sessions.jsonl"
+# What an event cannot be read without.
+_NUMBERS = {
+    "began": ("session", "started", "step", "ranks"),
+    "saved": ("step", "seconds"),
+    "left": ("training", "evaluate", "checkpoint"),
+}
 
 
 @dataclass(slots=True)
@@ -143,9 +149,11 @@ class Session:
         return read_rows(path) if path.exists() else []
 
     def _note(self, event: str, **facts: Any) -> None:
-        # One write to the end of the file: the job script adds lines of its own.
-        with (self._run_dir / SESSIONS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
+        # One write to the end of the file: the job script adds lines too, and a kill may have torn the last.
+        path = self._run_dir / SESSIONS_FILE
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn + json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
 
 
 def goodput(run_dir: Path) -> Goodput | None:
@@ -171,9 +179,13 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             event = json.loads(line)
-            events.append({**event, "event": event["event"], "time": float(event["time"])})
+            known = all(
+                isinstance(event[key], int | float) for key in ("time", *_NUMBERS.get(event["event"], ()))
+            )
         except (ValueError, TypeError, KeyError):
             continue
+        if known:
+            events.append(event)
     return events
 
 
@@ -261,7 +273,7 @@ def _end_of(
     following: Mapping[str, Any] | None,
 ) -> float:
     """When the session ended: as it said, or at the last sign of life."""
-    signs = [part[-1]["time"], *(row["time"] for row in rows)]
+    signs = [*(event["time"] for event in part), *(row["time"] for row in rows)]
     if following is not None and "dropped_until" in following and part[-1]["event"] != "released":
         signs.append(following["dropped_until"])
     return max(signs)
@@ -293,11 +305,11 @@ def _of_session(
     if left is not None:
         one.lost["evaluation"] += left["evaluate"]
         one.lost["checkpoints"] += left["checkpoint"]
-        if left["kept"]:
+        if left.get("kept"):
             one.useful += left["training"]
         else:
             one.lost["repeated steps"] += left["training"]
-    cause = next((event["cause"] for event in part if event["event"] == "released"), "")
+    cause = next((event.get("cause", "") for event in part if event["event"] == "released"), "")
     tail = "shutdown" if left is not None else "stalled" if cause == "stalled" else "interrupted"
     one.lost[tail] += max(0.0, one.allocated - one.useful - sum(one.lost.values()))
     return one

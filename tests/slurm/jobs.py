@@ -36,6 +36,13 @@ class Submitted:
         assert done.returncode == 0, done.stdout + done.stderr
         self.job = done.stdout.split("submitted job ")[1].split(":")[0].split(",")[0]
 
+    @staticmethod
+    def at(slurm: Cluster, run_dir: Path, job: str) -> Submitted:
+        """What is queued already."""
+        run = Submitted.__new__(Submitted)
+        run.slurm, run.run_dir, run.job = slurm, run_dir, job
+        return run
+
     @property
     def state(self) -> str:
         return self.slurm.job(self.job)["JobState"]

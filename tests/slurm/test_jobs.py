@@ -188,6 +188,44 @@ def test_a_sweep_is_an_array(slurm: Cluster, data: str, tmp_path: Path):
     assert (root / "optim.lr=0.001" / "report.html").exists()
 
 
+def test_a_task_of_an_array_is_requeued_and_no_other(slurm: Cluster, data: str, tmp_path: Path):
+    """Slurm calls one of the tasks by the number of the whole array."""
+    told = ("train.steps=12", "launch.ranks=1", "eval.samples=0", "checkpoint.every=99", "tracking=none")
+    root = tmp_path / "run"
+    arguments = ("--multirun", "cluster=test", *RUN, *told, data, "train.seed=1,2", f"run.dir={root}")
+    done = megafab(slurm, "submit", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = re.findall(r"submitted job (\d+)", done.stdout)
+    first, second = (Submitted.at(slurm, root / f"train.seed={seed}", f"{job}_{seed - 1}") for seed in (1, 2))
+    first.reach(2)
+    second.reach(2)
+    slurm.run("scancel", "--batch", "--signal=USR1", second.job)
+    second.go_on(1)
+    second.reach(4)
+    slurm.run("scancel", "--batch", "--signal=USR1", second.job)
+    second.go_on(2)
+    assert (first.finish()["Restarts"], second.finish()["Restarts"]) == ("0", "2")
+    assert [row["step"] for row in second.rows()] == list(range(1, 13))
+
+
+def test_a_second_job_leaves_a_run_alone(slurm: Cluster, data: str, tmp_path: Path):
+    run = Submitted(slurm, tmp_path / "run", *TWO_BY_ONE, data, "train.steps=15")
+    run.reach(2)
+    other = slurm.run("sbatch", "--parsable", str(run.run_dir / "slurm" / "job.sh"))
+    assert slurm.wait(other, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
+    said = (run.run_dir / "slurm" / f"{other}.log").read_text()
+    assert f"job {run.job} is at work in {run.run_dir}: nothing to do for job {other}" in said
+    run.finish()
+
+
+def test_what_goes_wrong_before_the_ranks_counts_too(slurm: Cluster, data: str, tmp_path: Path):
+    told = ("cluster.setup=['set -e', 'source /nowhere/activate']", "job.max_failures=1")
+    run = Submitted(slurm, tmp_path / "run", *TWO_BY_ONE, data, *told)
+    assert slurm.wait(run.job, "FAILED", "COMPLETED")["ExitCode"] in ("3:0", "1:0")
+    reason = (run.run_dir / "slurm" / "failures").read_text()
+    assert reason.startswith("1 ")
+
+
 def test_a_corpus_is_built_by_an_array(slurm: Cluster, tmp_path: Path):
     texts = [f"document {number} is about {number % 7} things\n" for number in range(500)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

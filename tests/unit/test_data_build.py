@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -447,8 +448,14 @@ def test_parts_of_another_request_do_not_mix(tmp_path: Path, capsys: pytest.Capt
     ]
     assert cli.main([*told, "part=0/2"]) == 0
     capsys.readouterr()
-    assert cli.main([*told, "part=1/2", "seed=7"]) == 2
-    assert "found parts of a build of another request" in capsys.readouterr().err
+    pieces_of = tmp_path / ".o.building" / "pieces"
+    assert len(list(pieces_of.iterdir())) > 0
+    assert cli.main([*told, "part=1/2", "seed=7"]) == 0
+    assert "has leftovers of a build of another request: starting over" in capsys.readouterr().out
+    with (tmp_path / ".o.building" / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # as a part does that is being made
+        assert cli.main([*told, "part=0/2", "seed=8"]) == 2
+        assert "found another build at work there" in capsys.readouterr().err
     assert cli.main([*told, "part=2/2"]) == 2
     assert "part=2/2: found no part, expected K/N with K from 0 to N - 1" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, submit
-from launch.jobs import TRAINING, Job, Task, render, seconds_of
+from launch.jobs import TRAINING, Job, Task, check_names, render
 from launch.ranks import check_nodes
 from megafab.config import load
 from megafab.config.submit import (
@@ -18,6 +18,7 @@ from megafab.config.submit import (
     SubmitConfig,
     check,
     layout,
+    seconds_of,
     warning_seconds,
 )
 from megafab.errors import ConfigError, UserError
@@ -52,7 +53,14 @@ def options(script: str) -> list[str]:
 @pytest.mark.parametrize("continuation", ["requeue", "new_job", "none"])
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_becomes_a_script_that_bash_understands(name: str, continuation: str, launcher: str):
-    config = profile(name, f"job.continuation={continuation}", f"job.launcher={launcher}")
+    told = [f"job.continuation={continuation}", f"job.launcher={launcher}"]
+    if launcher == "torchrun" and name == "frontier":
+        with pytest.raises(
+            ConfigError, match=r"job\.launcher=torchrun: found cluster\.srun=\[--gpus-per-task=1"
+        ):
+            profile(name, *told)
+        return
+    config = profile(name, *told)
     script = render(training(Layout(2, config.cluster.ranks_per_node)), config)
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,6 +108,37 @@ def test_words_are_quoted_and_a_container_comes_in_front(tmp_path: Path):
     assert f"#SBATCH '--output={tmp_path}/a b/slurm/%j.log'\n" in script
 
 
+@pytest.mark.parametrize("bad", ["a'b", 'a"b', "a\\b", "a\nb"])
+def test_names_that_a_script_cannot_hold_are_refused(bad: str):
+    with pytest.raises(ConfigError, match=r"run\.dir=.*expected no quotes, backslashes or"):
+        check_names(run_name="fine name #1 100% $(touch x)", run_dir=bad)
+
+
+def test_names_are_no_code(tmp_path: Path):
+    """What a shell would run or take for a comment stays a name, and Slurm's patterns stay text."""
+    name = "x $(touch pwned) #1 50%u"
+    directory = tmp_path / name
+    job = Job(name, "train", (), (Task(directory),), directory, Layout(1, 1), TRAINING, directory)
+    script = render(job, profile("test"))
+    assert f"#SBATCH '--job-name={name}'\n" in script
+    assert f"#SBATCH '--output={str(directory).replace('%', '%%')}/slurm/%j.log'\n" in script
+    assert job.log_of("7") == directory / "slurm" / "7.log"
+    head = script[: script.index("# -- what is known")]
+    said = f'{head}\necho "$name|$run|$logs"'
+    done = subprocess.run(["bash"], input=said, text=True, capture_output=True, cwd=tmp_path, check=True)
+    assert done.stdout == f"{name}|{directory}|{directory}/slurm\n"
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_line_before_the_ranks_that_fails_is_noticed(tmp_path: Path):
+    script = render(
+        training(Layout(1, 1), directory=tmp_path), profile("test", "cluster.setup=[':', 'false # really']")
+    )
+    assert "false # really\n(($? == 0)) || broken 'false # really'\n" in script
+    script = render(training(Layout(1, 1), directory=tmp_path), profile("frontier"))
+    assert "module load rocm || broken 'module load rocm'\n" in script
+
+
 def test_an_array_has_a_command_for_each_task():
     tasks = (Task(Path("/runs/a/x=1"), ("x=1",)), Task(Path("/runs/a/x=2"), ("x=2",)))
     job = Job("a", "train", ("y=3",), tasks, Path("/runs/a"), Layout(1, 1), TRAINING, Path("/runs/a"))
@@ -117,6 +156,11 @@ def test_the_warning_is_sized_by_the_saves_of_the_run(tmp_path: Path, saves: str
     script = render(training(Layout(1, 1), directory=tmp_path), profile("test", f"job.time={time}"))
     assert f"--signal=B:USR1@{lead}" in options(script)
     assert f"MEGAFAB_JOB_LEAD={lead}\n" in script
+
+
+def test_a_warning_longer_than_the_job_is_refused():
+    with pytest.raises(ConfigError, match=r"job\.signal_seconds=3600: found a warning before the job"):
+        profile("test", "job.time=60", "job.signal_seconds=3600")
 
 
 def test_a_lead_that_is_given_is_taken():
@@ -157,6 +201,8 @@ def test_where_ranks_go(ranks: int, nodes: int | None, full: int, place: tuple[i
 @pytest.mark.parametrize(
     ("ranks", "nodes", "line"),
     [
+        (0, None, "launch.ranks=0: found 0, expected at least 1"),
+        (1, 0, "launch.nodes=0: found 0, expected at least 1"),
         (
             9,
             None,
@@ -206,6 +252,8 @@ def test_a_sweep_is_every_combination(tmp_path: Path):
     ]
     with pytest.raises(ConfigError, match="--multirun: found no sweep"):
         load.sweep(told)
+    with pytest.raises(ConfigError, match=r"--multirun: found optim.lr=0.001 twice, expected runs"):
+        submit.main(["cluster=test", "--multirun", *told, "optim.lr=1e-3,0.001", "--dry-run"])
 
 
 def test_without_slurm_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus_at: str):

@@ -178,6 +178,12 @@ def test_torn_lines_are_passed_over(tmp_path: Path):
     (tmp_path / "sessions.jsonl").write_text('{"event": "saved", "time": 1.0, "step": 1, "seconds": 2}\n{"ev')
     assert [one["event"] for one in read_events(tmp_path)] == ["saved"]
     assert goodput(tmp_path) is None
+    target = Session(tmp_path, ranks=1)
+    target.begin(0)  # after the torn line, on one of its own
+    with (tmp_path / "sessions.jsonl").open("a") as file:
+        file.write('{"event": "began", "time": 1}\n{"event": "saved", "time": 1}\n')
+    assert [one["event"] for one in read_events(tmp_path)] == ["saved", "began"]
+    assert longest_save(tmp_path) == 2
     assert longest_save(tmp_path / "nowhere") is None
 
 
