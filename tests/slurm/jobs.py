@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,21 @@ def megafab(slurm: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def submitted(slurm: Cluster, run_dir: Path, *overrides: str) -> Submitted:
+    """Queue a run."""
+    done = megafab(slurm, "submit", "cluster=test", *overrides, f"run.dir={run_dir}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = re.findall(r"submitted job (\d+)", done.stdout)
+    return Submitted(slurm, run_dir, job)
+
+
+@dataclass(frozen=True)
 class Submitted:
     """A run that `megafab submit` has queued."""
 
-    def __init__(self, slurm: Cluster, run_dir: Path, *overrides: str) -> None:
-        self.slurm, self.run_dir = slurm, run_dir
-        done = megafab(slurm, "submit", "cluster=test", *overrides, f"run.dir={run_dir}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.job = done.stdout.split("submitted job ")[1].split(":")[0].split(",")[0]
-
-    @staticmethod
-    def at(slurm: Cluster, run_dir: Path, job: str) -> Submitted:
-        """What is queued already."""
-        run = Submitted.__new__(Submitted)
-        run.slurm, run.run_dir, run.job = slurm, run_dir, job
-        return run
+    slurm: Cluster
+    run_dir: Path
+    job: str
 
     @property
     def state(self) -> str:
@@ -109,10 +111,3 @@ def rank_process(run_dir: Path, rank: int) -> int:
 
 def kill(run_dir: Path, rank: int, number: signal.Signals) -> None:
     os.kill(rank_process(run_dir, rank), number)
-
-
-def positions(run_dir: Path, checkpoints: Sequence[Path]) -> list[int]:
-    """Samples read at each checkpoint, by the loader's own account."""
-    from megafab.checkpoint import store
-
-    return [store.read_state(path)["loader"]["samples"] for path in checkpoints]
