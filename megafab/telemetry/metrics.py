@@ -184,6 +184,7 @@ class Telemetry:
         """Close every sink, the last opened first, so that the terminal still shows what the others say."""
         if self._session is not None:
             self._session.end(self.timers.step, self._since_record())
+            self.message(self._session.account().describe())
         self._open.close()
 
     def _mark(self, progress: Progress) -> None:

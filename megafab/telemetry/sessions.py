@@ -144,6 +144,10 @@ class Session:
         """The run is left after `step`; `seconds` since the last row: training, evaluate, checkpoint."""
         self._note("left", step=step, kept=self._saved_step >= step, **seconds)
 
+    def account(self) -> Goodput:
+        """Of the run up to now."""
+        return _of_sessions(read_events(self._run_dir), self._rows())
+
     def _rows(self) -> list[dict[str, Any]]:
         path = self._run_dir / METRICS_FILE
         return read_rows(path) if path.exists() else []
