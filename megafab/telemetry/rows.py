@@ -30,9 +30,11 @@ def chain_of(run_dir: Path) -> list[str]:
     listed = run_dir.parent / STAGES_FILE
     if not listed.exists():
         return []
-    parents = {
-        name: entry["parent"] for name, entry in json.loads(listed.read_text(encoding="utf-8")).items()
-    }
+    try:
+        stages = json.loads(listed.read_text(encoding="utf-8"))
+        parents = {name: stages[name]["parent"] for name in stages}
+    except (ValueError, TypeError, KeyError):  # somebody else's file of that name
+        return []
     names = list(parents)
     follows = all(parents[name] == before for before, name in itertools.pairwise(names))
     return names if follows and run_dir.name in names else []

@@ -21,7 +21,7 @@ from megafab.errors import UserError
 from megafab.run import Action, Progress, StepOutcome, StepPlan, StepRecord, Verdict
 from megafab.telemetry.config import RunSection, TrackingConfig, TrackingKind, WandbMode
 from megafab.telemetry.metrics import Telemetry, build_telemetry, peak_flops
-from megafab.telemetry.rows import flatten, read_rows, to_line, truncate
+from megafab.telemetry.rows import chain_of, flatten, read_rows, to_line, truncate
 from megafab.telemetry.sessions import Session
 from megafab.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, wandb_mode
 from megafab.telemetry.terminal import Terminal, header_lines, short, step_line
@@ -166,6 +166,23 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path):
     sink.close()
     assert [r["step"] for r in read_rows(path)] == [1, 2, 3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "header.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "chain"),
+    [
+        ('{"a": {"parent": null}, "b": {"parent": "a"}}', ["a", "b"]),
+        ('{"a": {"parent": null}, "b": {"parent": "a"}, "c": {"parent": "a"}}', []),  # it branches
+        ('{"c": {"parent": null}}', []),
+        ('{"some": {"other": "file"}}', []),
+        ('["a"]', []),
+        ("not JSON", []),
+    ],
+)
+def test_stages_that_follow_one_another_are_a_chain(tmp_path: Path, listed: str, chain: list[str]):
+    assert chain_of(tmp_path / "b") == []
+    (tmp_path / "stages.json").write_text(listed)
+    assert chain_of(tmp_path / "b") == chain
 
 
 def test_an_evaluation_that_comes_late_is_put_into_its_row(tmp_path: Path):
